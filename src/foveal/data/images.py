@@ -1,6 +1,6 @@
 """A labelled set of images, and a data set made of such sets.
 
-Small sets keep their pixels (uint8, ready to sit on the device); photographs stay files until they are needed.
+Small sets keep their pixels (uint8, ready to sit on the device); photographs stay files until needed.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """The data given cannot be used; the message says what was found, what fits and what to try."""
-
-
-class DataWarning(UserWarning):
-    """The data given can be used, but not all of it or not as one may think."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """An encoded image (JPEG, PNG, WebP, ...) held in memory instead of in a file of its own."""
-
-    name: str
-    data: bytes
+from foveal.data.decode import Packed, decode_tensor
+from foveal.data.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +47,6 @@ class Images:
         """Image i as uint8 (3, H, W), upright and in RGB; a file is decoded in full size."""
         if self.pixels is not None:
             return self.pixels[i]
-        from foveal.data.decode import decode_tensor  # here: decode needs DataError from this file
-
         assert self.files is not None
         return decode_tensor(self.files[i])
 
