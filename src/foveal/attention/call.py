@@ -1,0 +1,199 @@
+"""What one forward showed: the caught tensors, and the values computed from them.
+
+Without gradient a value is computed while the block runs and q and k are let go. With gradient the inputs are kept (the
+graph holds them anyway) and the value is computed when it is read, outside any checkpointed region: so a recomputed
+block saves the same tensors as its first run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.attention import rows
+from foveal.attention.anatomy import Layer
+from foveal.attention.capture import Caught, caught_mha, mha_row
+from foveal.attention.errors import ReadError
+from foveal.attention.windows import merge_windows
+
+
+class MhaInput:
+    """The input of an nn.MultiheadAttention call."""
+
+    def __init__(
+        self, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.attention, self.args, self.kwargs = attention, args, kwargs
+
+    @property
+    def requires_grad(self) -> bool:
+        query = self.args[0] if self.args else self.kwargs["query"]
+        return bool(query.requires_grad or self.attention.in_proj_weight.requires_grad)
+
+    def caught(self) -> Caught:
+        return caught_mha(self.attention, self.args, self.kwargs)
+
+    def row(self, index: int) -> Tensor:
+        return mha_row(self.attention, self.args, self.kwargs, index)
+
+
+class Call:
+    """One forward of the model."""
+
+    def __init__(self, explicit: bool, grad: bool) -> None:
+        self.explicit = explicit  # opened by the model's own call, not by a part of it (forward_features)
+        self.grad = grad
+        self.closed = False
+        self.failed = False
+        self.batch: int | None = None
+        self.grid: tuple[int, int] | None = None
+        self.grids: dict[int, tuple[int, int]] = {}  # where layers have grids of their own
+        self.coord: Tensor | None = None  # NaFlex: (B, N, 2) row and column of each patch
+        self.valid: Tensor | None = None  # NaFlex: (B, N) bool, False for padding
+        self.began: list[int] = []
+        self.raw: dict[int, Caught | MhaInput] = {}
+        self.parts: dict[tuple[int, str], Tensor] = {}
+        self.values: dict[tuple[int, str], Tensor] = {}
+
+    def value(self, layer: Layer, index: int, what: str) -> Tensor:
+        """A value of one layer over all its tokens, computed once.
+
+        Raises ReadError if the forward did not show it.
+        """
+        key = (index, what)
+        if key in self.parts and what in ("tokens", "attn_out", "block_out"):
+            return self.parts[key]
+        if key not in self.values:
+            with torch.set_grad_enabled(self.grad):
+                self.values[key] = self._compute(layer, index, what)
+        return self.values[key]
+
+    def forget(self, index: int) -> None:
+        self.raw.pop(index, None)
+
+    def _compute(self, layer: Layer, index: int, what: str) -> Tensor:
+        if (index, what) in self.parts:
+            return self._projected(layer, index, what)
+        raw = self.raw.get(index)
+        if raw is None:
+            ran = index in self.began
+            raise ReadError(
+                f"{layer.name} ran but showed no attention call: its implementation is neither "
+                "scaled_dot_product_attention nor a plain softmax (set attn_implementation='sdpa')"
+                if ran
+                else f"the forward did not run {layer.name}"
+            )
+        device = _device(raw)
+        with torch.autocast(device, enabled=False):
+            if isinstance(raw, MhaInput):
+                if what == "class_logits" and layer.kind == "self":
+                    return raw.row(self._class_index(layer))
+                raw = raw.caught()
+            self._check_shape(layer, raw)
+            return self._from_caught(layer, index, raw, what)
+
+    def _projected(self, layer: Layer, index: int, what: str) -> Tensor:
+        x = self.parts[(index, what)]
+        if x.dim() == 4:
+            return x
+        attention = layer.attention  # transformers: a linear layer's output (B, T, H d)
+        d = int(attention.head_dim)  # type: ignore[arg-type]
+        return x.unflatten(-1, (-1, d)).transpose(1, 2)
+
+    def _from_caught(self, layer: Layer, index: int, raw: Caught, what: str) -> Tensor:
+        if what in ("queries", "keys", "values"):
+            x = {"queries": raw.q, "keys": raw.k, "values": raw.v}[what]
+            if x is None:
+                raise ReadError(
+                    f"{what} of {layer.name} are not seen in its unfused form: turn fused attention on"
+                )
+            return x
+        if layer.kind == "window":
+            return merge_windows(self._received(raw, None), layer.block, self.grids[index], self.batch or 1)
+        if what == "full":
+            return rows.widen(raw.logits).softmax(-1) if raw.logits is not None else self._map(raw)
+        if what == "received":
+            value = self._received(raw, self._valid_tokens(layer))
+        elif what == "mean_query":
+            value = self._mean_query(layer, raw)
+        else:
+            value = self._row(raw, self._class_index(layer) if layer.kind == "self" else 0)
+        return layer.reorder(value) if layer.reorder is not None else value
+
+    @staticmethod
+    def _map(raw: Caught) -> Tensor:
+        assert raw.q is not None
+        assert raw.k is not None
+        return rows.attention_map(raw.q, raw.k, raw.scale, raw.mask)
+
+    @staticmethod
+    def _row(raw: Caught, index: int) -> Tensor:
+        if raw.logits is not None:
+            return rows.widen(raw.logits[:, :, index])
+        assert raw.q is not None
+        assert raw.k is not None
+        mask = raw.mask
+        if mask is not None:
+            mask = mask[:, :, index if mask.shape[2] > 1 else 0]
+        return rows.query_row(raw.q[:, :, index], raw.k, raw.scale, mask)
+
+    @staticmethod
+    def _received(raw: Caught, valid: Tensor | None) -> Tensor:
+        if raw.logits is None:
+            assert raw.q is not None
+            assert raw.k is not None
+            return rows.received(raw.q, raw.k, raw.scale, raw.mask, valid)
+        attn = rows.widen(raw.logits).softmax(-1)
+        if valid is None:
+            return attn.mean(-2)
+        share = valid.to(attn.dtype) / valid.sum(-1, keepdim=True)
+        return torch.einsum("bhit,bi->bht", attn, share)
+
+    def _mean_query(self, layer: Layer, raw: Caught) -> Tensor:
+        P = layer.layout.prefix
+        if raw.logits is not None:
+            logits = rows.widen(raw.logits[:, :, P:])
+            if self.valid is None:
+                return logits.mean(-2)
+            share = self.valid.to(logits.dtype) / self.valid.sum(-1, keepdim=True)
+            kept = logits.masked_fill(~self.valid[:, None, :, None], 0.0)
+            return torch.einsum("bhit,bi->bht", kept, share)
+        assert raw.q is not None
+        assert raw.k is not None
+        mask = raw.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, P:]
+        return rows.mean_query_row(raw.q[:, :, P:], raw.k, raw.scale, mask, self.valid)
+
+    def _valid_tokens(self, layer: Layer) -> Tensor | None:
+        """(B, T) bool with prefix tokens, or None where nothing is padded."""
+        if self.valid is None:
+            return None
+        prefix = self.valid.new_ones(self.valid.shape[0], layer.layout.prefix)
+        return torch.cat([prefix, self.valid], dim=1)
+
+    @staticmethod
+    def _class_index(layer: Layer) -> int:
+        index = layer.layout.class_index
+        assert index is not None
+        return index
+
+    def _check_shape(self, layer: Layer, raw: Caught) -> None:
+        B, Q, T = raw.sizes
+        if layer.kind == "self" and Q != T:
+            raise ReadError(f"{layer.name}: {Q} queries ask {T} keys; self-attention was expected")
+        if layer.kind != "window" and self.batch is not None and B != self.batch:
+            raise ReadError(
+                f"{layer.name} attends within {B} groups although the batch has {self.batch} images: windows that pose "
+                "as a batch are not read"
+            )
+
+
+def _device(raw: Caught | MhaInput) -> str:
+    if isinstance(raw, MhaInput):
+        return raw.attention.in_proj_weight.device.type
+    tensor = raw.q if raw.q is not None else raw.logits
+    assert tensor is not None
+    return tensor.device.type

@@ -1,0 +1,180 @@
+"""A few numbers of the attention matrix, without the matrix.
+
+    r_j = scale q . k_j + m_j                     one row of logits: one product with K
+    S_t = 1/N sum_i softmax_j(r_ij)_t             attention received by token t, averaged over queries
+
+Definitions: Seo et al., 2024 (GTA) for the class row; Choi et al., 2022 (TokenMixup) for the column mean.
+
+B batch, H heads, T tokens (prefix and patches), d head width. Half precision comes in, float32 goes out: a bfloat16 sum
+of 64 products keeps two digits. A row is taken *before* softmax and includes mask or position bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Logits held at once by `received`: a CPU tile stays in the second-level cache, a GPU tile fills the device."""
+
+
+def widen(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; wider types as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A boolean mask (True = may attend) as 0 / -inf; an additive one in `like`'s type; None stays."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
+    return mask.to(like.dtype)
+
+
+def as_4d(mask: Tensor | None) -> Tensor | None:
+    """A mask of 2 to 4 dimensions with the leading ones written out."""
+    if mask is None:
+        return None
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def query_row(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Logits of one query per head.
+
+    q: (B, H, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, T).  Returns (B, H, T).
+    """
+    q, k = widen(q), widen(k)
+    row = torch.matmul(k, (q * scale).unsqueeze(-1)).squeeze(-1)
+    return row if mask is None else row + mask.to(row.dtype)
+
+
+def mean_query_row(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Mean over queries of the logits, which is the row of the mean query: as cheap as one row.
+
+    q: (B, H, Q, d) the queries to average.  mask: (B|1, H|1, Q|1, T).  valid: (B, Q) bool, queries that count.
+    Not the attention received: softmax of a mean is not the mean of softmaxes.  Returns (B, H, T).
+    """
+    q = widen(q)
+    if valid is None:
+        return query_row(q.mean(-2), k, scale, None if mask is None else widen(mask).mean(-2))
+    share = valid.to(q.dtype) / valid.sum(-1, keepdim=True)  # (B, Q)
+    row = query_row(torch.einsum("bhqd,bq->bhd", q, share), k, scale)
+    if mask is not None:
+        # a padded query's row holds -inf or the most negative float: 0 x -inf is not a number, so leave it out first
+        kept = widen(mask).expand(-1, -1, q.shape[-2], -1).masked_fill(~valid[:, None, :, None], 0.0)
+        row = row + torch.einsum("bhqt,bq->bht", kept.expand(q.shape[0], -1, -1, -1), share)
+    return row
+
+
+def attention_map(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """The whole map, probabilities (B, H, Q, T). For looking, not for training loops: it is quadratic in tokens."""
+    logits = torch.matmul(widen(q) * scale, widen(k).transpose(-1, -2))
+    return (logits if mask is None else logits + mask.to(logits.dtype)).softmax(-1)
+
+
+def received(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Attention each token receives, mean over queries, without a Q x T tensor.
+
+    q: (B, H, Q, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, Q, T).  valid: (B, Q) bool, queries that
+    count (None: all).  Returns (B, H, T), each row sums to 1. Differentiable: the backward recomputes the tiles.
+    """
+    return _Received.apply(widen(q), widen(k), mask, _query_share(q, valid), scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _query_share(q: Tensor, valid: Tensor | None) -> Tensor:
+    """Weight of each query in the mean: (B, Q), rows sum to 1."""
+    B, _, Q, _ = q.shape
+    if valid is None:
+        return torch.full((B, Q), 1.0 / Q, dtype=widen(q).dtype, device=q.device)
+    return valid.to(widen(q).dtype) / valid.sum(-1, keepdim=True)
+
+
+def _tiles(q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Slices of (batch, heads, queries) whose logits fit TILE_BYTES."""
+    (B, H, Q, _), T = q.shape, k.shape[-2]
+    budget = TILE_BYTES.get(q.device.type, TILE_BYTES["cuda"]) // q.element_size()
+    if torch.compiler.is_compiling():
+        budget = max(budget, B * H * Q * T // 8)  # the loop is unrolled into the graph: keep it short
+    rows = max(1, budget // max(T, 1))
+    nq = min(Q, rows)
+    nh = min(H, max(1, rows // max(Q, 1)))
+    nb = min(B, max(1, rows // max(Q * H, 1)))
+    return [
+        (slice(b, min(b + nb, B)), slice(h, min(h + nh, H)), slice(i, min(i + nq, Q)))
+        for b in range(0, B, nb)
+        for h in range(0, H, nh)
+        for i in range(0, Q, nq)
+    ]
+
+
+def _tile(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, at: tuple[slice, slice, slice]) -> Tensor:
+    """Probabilities of one tile: (b, h, i, T)."""
+    b, h, i = at
+    with torch.autocast(q.device.type, enabled=False):
+        logits = torch.matmul(q[b, h, i] * scale, k[b, h].transpose(-1, -2))
+    if mask is not None:
+        part = mask
+        part = part[b] if part.shape[0] > 1 else part
+        part = part[:, h] if part.shape[1] > 1 else part
+        part = part[:, :, i] if part.shape[2] > 1 else part
+        logits += part.to(logits.dtype)
+    return logits.softmax(-1)
+
+
+class _Received(torch.autograd.Function):
+    """received() with a backward that recomputes its tiles.
+
+    dL/dlogit_it = w_i A_it (g_t - sum_t' A_it' g_t'),  w_i the query's weight in the mean.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q: Tensor, k: Tensor, mask: Tensor | None, share: Tensor, scale: float
+    ) -> Tensor:
+        mask = as_4d(mask)
+        out = k.new_zeros(k.shape[:-1])
+        for at in _tiles(q, k):
+            b, h, i = at
+            weight = share[b, i][:, None, None, :]  # (b, 1, 1, i)
+            out[b, h] += torch.matmul(weight, _tile(q, k, mask, scale, at)).squeeze(-2)
+        ctx.save_for_backward(q, k, share, *(() if mask is None else (mask,)))
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        q, k, share, *rest = ctx.saved_tensors
+        mask = rest[0] if rest else None
+        needs_q, needs_k, needs_mask = ctx.needs_input_grad[:3]
+        dq = torch.zeros_like(q) if needs_q else None
+        dk = torch.zeros_like(k) if needs_k else None
+        dm = torch.zeros_like(mask) if needs_mask and mask is not None else None
+        for at in _tiles(q, k):
+            b, h, i = at
+            attn = _tile(q, k, mask, ctx.scale, at)  # (b, h, i, T)
+            gt = g[b, h].unsqueeze(-2)  # (b, h, 1, T)
+            ds = attn * (gt - (attn * gt).sum(-1, keepdim=True)) * share[b, i][:, None, :, None]
+            if dq is not None:
+                dq[b, h, i] = torch.matmul(ds, k[b, h]) * ctx.scale
+            if dk is not None:
+                dk[b, h] += torch.matmul(ds.transpose(-1, -2), q[b, h, i]) * ctx.scale
+            if dm is not None:
+                _add_broadcast(dm, ds, at)
+        return dq, dk, dm, None, None
+
+
+def _add_broadcast(total: Tensor, part: Tensor, at: tuple[slice, slice, slice]) -> None:
+    """Add a tile's gradient to a mask that may have been broadcast over batch, heads, queries or columns."""
+    index: list[slice] = []
+    for dim, where in enumerate((*at, slice(None))):
+        if total.shape[dim] > 1:
+            index.append(where)
+        else:
+            part = part.sum(dim, keepdim=True)
+            index.append(slice(None))
+    total[tuple(index)] += part.to(total.dtype)
