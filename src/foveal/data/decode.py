@@ -31,7 +31,7 @@ class Packed:
 
 
 def decode(source: Path | Packed) -> Image.Image:
-    """The image as an upright PIL image of mode RGB. Raises DataError, with the name, if it cannot be read."""
+    """The image as an upright PIL image of mode RGB. Raises DataError with the name if unreadable."""
     try:
         with Image.open(io.BytesIO(source.data) if isinstance(source, Packed) else source) as opened:
             opened.load()
@@ -49,7 +49,7 @@ def why_unreadable(path: Path) -> str | None:
     """What is wrong with an image file, or None: looks at its first and last bytes and decodes only in doubt.
 
     A JPEG or PNG that begins and ends as it should is taken to be whole (damage in between shows when it is
-    decoded); of other formats the header is read; a file with a wrong beginning or end is decoded to find out.
+    decoded); of other formats the header is read; one with a wrong beginning or end is decoded to find out.
     """
     try:
         with path.open("rb") as file:

@@ -13,6 +13,8 @@ from torch import Tensor
 from foveal.data.decode import Packed, decode_tensor
 from foveal.data.errors import DataError
 
+__all__ = ["Data", "DataError", "Images", "Packed"]
+
 
 @dataclass(frozen=True, eq=False)
 class Images:
@@ -118,6 +120,4 @@ def _check(images: Images) -> None:
         if pixels is None:
             raise DataError("masks need pixels: files have no common frame")
         if masks.dtype != torch.bool or masks.shape != (n, *pixels.shape[2:]):
-            raise DataError(
-                f"masks must be {(n, *pixels.shape[2:])} bool, not {tuple(masks.shape)} {masks.dtype}"
-            )
+            raise DataError(f"masks must be {(n, *pixels.shape[2:])} bool, not {tuple(masks.shape)} {masks.dtype}")
