@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+import foveal
 from foveal.explain.grid import captioned, head_grid, sheet
 from foveal.explain.overlay import LUMA, QUIET, colours, enlarge, overlay, resize, strength
+from foveal.explain.pictures import pictures
 from foveal.explain.save import save, save_png
 
 
@@ -55,9 +57,7 @@ def test_scale_of_the_map_does_not_matter(image):
 
 def test_strength_by_hand():
     # mean 2, ratios 0.5, 0.5, 1, 2: full colour at 2, none up to 1
-    assert torch.equal(
-        strength(torch.tensor([[1.0, 1.0], [2.0, 4.0]])), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    )
+    assert torch.equal(strength(torch.tensor([[1.0, 1.0], [2.0, 4.0]])), torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
     # a common peak of 5: (2 - 1) / (5 - 1)
     assert strength(torch.tensor([[1.0, 1.0], [2.0, 4.0]]), peak=5)[1, 1] == 0.25
 
@@ -193,3 +193,69 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save(b"new", path)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.fixture
+def vit():
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=(32, 48), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
+
+
+def test_pictures_are_what_the_door_reads(vit):
+    images = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    vit.train()
+    seen_picture = pictures(vit, images)
+    assert vit.training
+    vit.eval()
+    with torch.no_grad(), foveal.read(vit, layers="all") as seen:
+        logits = vit(images)
+    assert seen_picture.layers == ("blocks.0", "blocks.1")
+    assert seen_picture.kinds == ("class", "class")
+    assert torch.equal(seen_picture.logits, logits)
+    for attn, row in zip(seen_picture.attention, seen.class_attention(), strict=True):
+        assert attn.shape == (3, 3, 4, 6)
+        assert torch.equal(attn.flatten(2), row)
+    assert torch.equal(seen_picture.look(1, 0), seen_picture.attention[0][1].mean(0))
+    assert not vit._forward_hooks
+
+
+def test_chosen_layers_and_unknown_ones(vit):
+    images = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pictures(vit, images, ["blocks.1"]).attention[0], pictures(vit, images).attention[1])
+    with pytest.raises(ValueError, match=r"blocks\.7"):
+        pictures(vit, images, ["blocks.7"])
+
+
+def test_without_a_class_token_the_received_attention_is_shown_and_named():
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, class_token=False,
+        global_pool="avg", num_classes=5,
+    )  # fmt: skip
+    seen = pictures(model, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert seen.kinds == ("received",)
+    assert "no class token" in seen.describe()
+    assert torch.allclose(seen.attention[0].sum((-1, -2)), torch.ones(2, 3))  # nothing is lost on a prefix
+
+
+def test_a_pooling_query_is_shown_beside_its_blocks():
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
+    seen = pictures(model, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert seen.kinds == ("received", "received", "pool")
+    assert torch.allclose(seen.attention[-1].sum((-1, -2)), torch.ones(2, 3))
+
+
+def test_a_model_that_cannot_be_read_is_refused():
+    with pytest.raises(foveal.UnsupportedModelError):
+        pictures(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8))

@@ -93,9 +93,7 @@ def sheet(rows: Sequence[Sequence[Pixels | None]], gap: int = GAP) -> Pixels:
                 widths[j] = max(widths[j], picture.shape[1])
     if not any(heights):
         raise ValueError("a sheet needs at least one picture")
-    page = np.full(
-        (sum(heights) + gap * (len(rows) - 1), sum(widths) + gap * (columns - 1), 3), 255, np.uint8
-    )
+    page = np.full((sum(heights) + gap * (len(rows) - 1), sum(widths) + gap * (columns - 1), 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             if picture is not None:
