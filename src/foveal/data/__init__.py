@@ -1,7 +1,33 @@
-"""Data sets: images with class names, and masks where they exist."""
+"""Data sets: images with class names, and masks where they exist.
 
-from foveal.data.decode import Packed
+data = foveal.data.load("PHOTOS/")
+batches = Batches(data.train, image_config(model), 32, train=True, flip=data.flip)
+"""
+
+from foveal.data.batches import Batch, Batches
+from foveal.data.config import ImageConfig, image_config
+from foveal.data.decode import Packed, decode, decode_tensor
 from foveal.data.errors import DataError, DataWarning
-from foveal.data.images import Data, Images
+from foveal.data.images import Data, Images, concatenate
+from foveal.data.load import SOURCES, load
+from foveal.data.packs import read_pack
+from foveal.data.subsets import subset
 
-__all__ = ["Data", "DataError", "DataWarning", "Images", "Packed"]
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "Batches",
+    "Data",
+    "DataError",
+    "DataWarning",
+    "ImageConfig",
+    "Images",
+    "Packed",
+    "concatenate",
+    "decode",
+    "decode_tensor",
+    "image_config",
+    "load",
+    "read_pack",
+    "subset",
+]

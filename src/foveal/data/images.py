@@ -97,6 +97,26 @@ class Data:
         return {name: images.names for name, images in sets.items()}
 
 
+def concatenate(sets: Sequence[Images]) -> Images:
+    """Sets of the same classes, one after the other; pixels (and masks) only if all have them in one size."""
+    first = sets[0]
+    if any(images.classes != first.classes for images in sets):
+        raise DataError("sets of different classes cannot be joined")
+    pixels = [images.pixels for images in sets if images.pixels is not None]
+    masks = [images.masks for images in sets if images.masks is not None]
+    files = [file for images in sets for file in images.files or ()]
+    if pixels and (files or len({p.shape[1:] for p in pixels}) > 1):
+        raise DataError("sets can be joined if all are files or all have pixels of one size")
+    return Images(
+        labels=torch.cat([images.labels for images in sets]),
+        classes=first.classes,
+        pixels=torch.cat(pixels) if pixels else None,
+        files=None if pixels else tuple(files),
+        masks=torch.cat(masks) if len(masks) == len(sets) else None,
+        names=tuple(name for images in sets for name in images.names),
+    )
+
+
 def _check(images: Images) -> None:
     n = len(images.labels)
     labels, pixels, files, masks = images.labels, images.pixels, images.files, images.masks
