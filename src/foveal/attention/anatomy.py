@@ -4,7 +4,7 @@ A model is searched for one *trunk* (the module that owns the tokens) and, insid
 types. Both are recognised by class name, so that no library is imported for its type alone and anything else is refused
 by name instead of being read wrongly: windows that pose as a batch, talking heads, channel attention.
 
-A newcomer adds a family here: a row in TRUNKS (who owns the tokens), rows in ATTENTIONS (which modules compute attention).
+A newcomer adds a family here: a row in TRUNKS (who owns the tokens), rows in ATTENTIONS (who computes attention).
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Layer:
     block: nn.Module
     layout: TokenLayout
     what: tuple[str, ...]
-    before_rotation: tuple[nn.Module, nn.Module] | None = (
-        None  # modules whose outputs are q and k before rotation
-    )
+    before_rotation: tuple[nn.Module, nn.Module] | None = None  # modules whose outputs are q and k before rotation
     reorder: Callable[[Tensor], Tensor] | None = None  # (..., N) columns to row-major order
     grid: tuple[int, int] | None = None  # fixed grid where the patch embedding does not tell
 
@@ -279,9 +277,7 @@ def _layer(
     parent = trunk.get_submodule(name.rpartition(".")[0]) if name else trunk
     if kind == "pool" or "PoolingHead" in type(parent).__name__:
         kind = "pool"
-        return Layer(
-            name, kind, module, module, layout, ("class_logits", "full", "queries", "keys", "values")
-        )
+        return Layer(name, kind, module, module, layout, ("class_logits", "full", "queries", "keys", "values"))
     if kind == "class":
         what = ("class_logits", "full", "queries", "keys", "values")
         return Layer(block_name, kind, module, block, layout, what)
@@ -294,12 +290,11 @@ def _layer(
         rotation = (module.q_norm, module.k_norm)  # type: ignore[assignment]
     elif type(module).__name__.startswith("DINOv3"):
         rotation = (module.q_proj, module.k_proj)  # type: ignore[assignment]
-    what = WHAT
-    if (
+    shared = (
         type(module).__name__ == "ParallelScalingBlock"
-    ):  # attention and MLP share one projection: no attention output
-        what = tuple(name for name in WHAT if name != "attn_out")
-    return Layer(block_name, kind, module, block, layout, what, rotation)
+    )  # attention and MLP share a projection: no attention output
+    offered = tuple(name for name in WHAT if not (shared and name == "attn_out"))
+    return Layer(block_name, kind, module, block, layout, offered, rotation)
 
 
 def _block(trunk: nn.Module, name: str, module: nn.Module) -> tuple[str, nn.Module]:
@@ -316,9 +311,7 @@ def _block(trunk: nn.Module, name: str, module: nn.Module) -> tuple[str, nn.Modu
     return name, module
 
 
-def _hiera_layer(
-    trunk: nn.Module, name: str, module: nn.Module, block: nn.Module, layout: TokenLayout
-) -> Layer | str:
+def _hiera_layer(trunk: nn.Module, name: str, module: nn.Module, block: nn.Module, layout: TokenLayout) -> Layer | str:
     if getattr(module, "use_mask_unit_attn", False):
         return "mask units attend within themselves; only Hiera's global blocks are read"
     index = int(name.rpartition(".")[2])

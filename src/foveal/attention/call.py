@@ -22,9 +22,7 @@ from foveal.attention.windows import merge_windows
 class MhaInput:
     """The input of an nn.MultiheadAttention call."""
 
-    def __init__(
-        self, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.attention, self.args, self.kwargs = attention, args, kwargs
 
     @property
@@ -100,15 +98,13 @@ class Call:
             return x
         attention = layer.attention  # transformers: a linear layer's output (B, T, H d)
         d = int(attention.head_dim)  # type: ignore[arg-type]
-        return x.unflatten(-1, (-1, d)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, d).transpose(1, 2)
 
     def _from_caught(self, layer: Layer, index: int, raw: Caught, what: str) -> Tensor:
         if what in ("queries", "keys", "values"):
             x = {"queries": raw.q, "keys": raw.k, "values": raw.v}[what]
             if x is None:
-                raise ReadError(
-                    f"{what} of {layer.name} are not seen in its unfused form: turn fused attention on"
-                )
+                raise ReadError(f"{what} of {layer.name} are not seen in its unfused form: turn fused attention on")
             return x
         if layer.kind == "window":
             return merge_windows(self._received(raw, None), layer.block, self.grids[index], self.batch or 1)
@@ -184,7 +180,7 @@ class Call:
         B, Q, T = raw.sizes
         if layer.kind == "self" and Q != T:
             raise ReadError(f"{layer.name}: {Q} queries ask {T} keys; self-attention was expected")
-        if layer.kind != "window" and self.batch is not None and B != self.batch:
+        if layer.kind != "window" and self.batch is not None and self.batch != B:
             raise ReadError(
                 f"{layer.name} attends within {B} groups although the batch has {self.batch} images: windows that pose "
                 "as a batch are not read"

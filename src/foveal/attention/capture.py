@@ -1,8 +1,9 @@
 """Catch q, k, v (or the logits) of one attention module while it runs.
 
-The door is `torch.nn.functional.scaled_dot_product_attention` inside chosen modules only: a TorchFunctionMode entered by
-a pre-hook and left by a forward hook. The fused kernel still runs; its inputs are seen after norms and rotation, with
-mask and scale. Models that do not fuse (TIMM_FUSED_ATTN=0, SwinV2, "eager" transformers) show their logits to softmax.
+The door is `torch.nn.functional.scaled_dot_product_attention` inside chosen modules only: a TorchFunctionMode entered
+by a pre-hook and left by a forward hook. The fused kernel still runs; its inputs are seen after norms and rotation,
+with mask and scale. Models that do not fuse (TIMM_FUSED_ATTN=0, SwinV2, eager transformers) show their logits to
+softmax.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ class Caught:
 
     @property
     def requires_grad(self) -> bool:
-        return any(
-            t is not None and t.requires_grad for t in (self.q, self.k, self.v, self.mask, self.logits)
-        )
+        return any(t is not None and t.requires_grad for t in (self.q, self.k, self.v, self.mask, self.logits))
 
 
 def caught_sdpa(
@@ -101,9 +100,10 @@ class Catch(TorchFunctionMode):
             logits = args[0] if args else kwargs["input"]
             if self.caught is None and logits.dim() == 4:
                 self.caught = Caught(logits=logits)
-        elif func in MATMUL and self.caught is not None and self.caught.v is None and len(args) == 2:
-            if args[0].shape == self.caught.logits.shape:  # type: ignore[union-attr]
-                self.caught.v = args[1]
+        elif func in MATMUL and self.caught is not None and self.caught.logits is not None and len(args) == 2:
+            caught = self.caught  # the first product with the map is the one with the values
+            if caught.v is None and args[0].shape == self.caught.logits.shape:
+                caught.v = args[1]
         return func(*args, **kwargs)
 
 
@@ -113,47 +113,44 @@ def caught_mha(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: 
     Inside it no function mode sees the attention, and entering one would leave its fast path; so the module's input is
     read before the call. Only for readers that need all queries or keys; see `mha_row` for one row.
     """
-    query, key, value, mask = _mha_inputs(attention, args, kwargs)
     D, H = attention.embed_dim, attention.num_heads
-    weight = attention.in_proj_weight
-    bias = attention.in_proj_bias
 
     def project(x: Tensor, part: int) -> Tensor:
-        at = slice(part * D, (part + 1) * D)
-        y = F.linear(x, weight[at], None if bias is None else bias[at])
-        return y.unflatten(-1, (H, D // H)).transpose(1, 2)  # (B, H, T, d)
+        y = _project(attention, x, part)
+        return y.reshape(*y.shape[:-1], H, D // H).transpose(1, 2)  # (B, H, T, d)
 
-    q, k, v = project(query, 0), project(key, 1), project(value, 2)
-    return Caught(q=q, k=k, v=v, mask=as_4d(additive(mask, like=widen(q))), scale=(D // H) ** -0.5)
+    q, k, v = (project(x, part) for part, x in enumerate(_mha_inputs(attention, args, kwargs)))
+    return Caught(q=q, k=k, v=v, scale=(D // H) ** -0.5)
 
 
-def mha_row(
-    attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
-) -> Tensor:
+def mha_row(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Tensor:
     """Logits of one query without a second projection of the keys: x_n . (W_k^T q) + b_k . q, (B, H, T)."""
-    query, key, _, mask = _mha_inputs(attention, args, kwargs)
+    query, key, _ = _mha_inputs(attention, args, kwargs)
     D, H = attention.embed_dim, attention.num_heads
     d = D // H
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    q = F.linear(query[:, index], weight[:D], None if bias is None else bias[:D])
-    q = widen(q).unflatten(-1, (H, d)) * d**-0.5  # (B, H, d)
-    key_weight = widen(weight[D : 2 * D]).unflatten(0, (H, d))  # (H, d, D)
+    q = _project(attention, query[:, index], 0).reshape(-1, H, d) * d**-0.5  # (B, H, d)
+    key_weight = widen(attention.in_proj_weight[D : 2 * D]).reshape(H, d, D)
     asked = torch.einsum("bhd,hde->bhe", q, key_weight)  # (B, H, D): the query seen from the token's side
-    row = torch.matmul(asked, widen(key).transpose(-1, -2))  # (B, H, T)
-    if bias is not None:
-        row = row + (q * widen(bias[D : 2 * D]).unflatten(0, (H, d))).sum(-1, keepdim=True)
-    return row if mask is None else row + as_4d(additive(mask, like=row))[:, :, index]  # type: ignore[index]
+    row: Tensor = torch.matmul(asked, widen(key).transpose(-1, -2))  # (B, H, T)
+    if attention.in_proj_bias is not None:
+        row = row + (q * widen(attention.in_proj_bias[D : 2 * D]).reshape(H, d)).sum(-1, keepdim=True)
+    return row
+
+
+def _project(attention: nn.MultiheadAttention, x: Tensor, part: int) -> Tensor:
+    """Queries (0), keys (1) or values (2) of x (..., D)."""
+    at = slice(part * attention.embed_dim, (part + 1) * attention.embed_dim)
+    bias = attention.in_proj_bias
+    return F.linear(widen(x), widen(attention.in_proj_weight[at]), None if bias is None else widen(bias[at]))
 
 
 def _mha_inputs(
     attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if not attention.batch_first or attention.in_proj_weight is None or attention.bias_k is not None:
-        raise ReadError(
-            "nn.MultiheadAttention is read with batch_first=True, one width, and no extra key bias"
-        )
-    if given.get("key_padding_mask") is not None:
-        raise ReadError("nn.MultiheadAttention with a key padding mask is not read")
-    return given["query"], given["key"], given["value"], given.get("attn_mask")
+        raise ReadError("nn.MultiheadAttention is read with batch_first=True, one width, and no extra key bias")
+    if given.get("key_padding_mask") is not None or given.get("attn_mask") is not None:
+        raise ReadError("nn.MultiheadAttention with a mask is not read")
+    return given["query"], given["key"], given["value"]

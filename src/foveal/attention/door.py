@@ -1,7 +1,7 @@
 """The door: hooks on one model that let readers see its attention.
 
-`attach` installs them once for a whole run; a read without it installs them for its own duration. While nobody reads they
-return at once. Nothing here changes a value: outputs stay bitwise what they were.
+`attach` installs them once for a whole run; a read without it installs them for its own duration. While nobody reads
+they return at once. Nothing here changes a value: outputs stay bitwise what they were.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class _State:
 
     def __init__(self) -> None:
         self.catch = Catch()
+        self.catching = False
         self.needs: dict[int, tuple[str, ...]] = {}  # layer -> values that some reader wants
         self.calls: list[Call] = []
         self.current: Call | None = None
@@ -144,7 +145,8 @@ class Door:
             call.raw[index] = MhaInput(layer.attention, args, kwargs)
         else:
             state.catch.caught = None
-            state.catch.__enter__()
+            state.catching = True
+            state.catch.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, index: int, output: Any) -> None:
         state = self.reading()
@@ -152,12 +154,10 @@ class Door:
             return
         call, layer = state.current, self.anatomy.layers[index]
         needs = state.needs[index]
-        if not isinstance(layer.attention, nn.MultiheadAttention) and any(
-            _is_caught(what, layer.before_rotation is not None) for what in needs
-        ):
+        if state.catching:
             caught = state.catch.caught
-            state.catch.caught = None
-            state.catch.__exit__(None, None, None)
+            state.catching, state.catch.caught = False, None
+            state.catch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if caught is not None:
                 call.raw[index] = caught
         if output is None:  # the module raised
@@ -228,7 +228,7 @@ class Door:
         state.readers = [(r, n) for r, n in state.readers if r is not reader]
         self._gather(state)
         unwind(state.catch)
-        state.catch.caught = None
+        state.catching, state.catch.caught = False, None
         if not state.readers:
             state.calls, state.current = [], None
 

@@ -75,15 +75,13 @@ def attention_map(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None
     return (logits if mask is None else logits + mask.to(logits.dtype)).softmax(-1)
 
 
-def received(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, valid: Tensor | None = None
-) -> Tensor:
+def received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Attention each token receives, mean over queries, without a Q x T tensor.
 
     q: (B, H, Q, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, Q, T).  valid: (B, Q) bool, queries that
     count (None: all).  Returns (B, H, T), each row sums to 1. Differentiable: the backward recomputes the tiles.
     """
-    return _Received.apply(widen(q), widen(k), mask, _query_share(q, valid), scale)  # type: ignore[no-any-return,no-untyped-call]
+    return _Received.apply(widen(q), widen(k), mask, _query_share(q, valid), scale)  # type: ignore[no-any-return]
 
 
 def _query_share(q: Tensor, valid: Tensor | None) -> Tensor:

@@ -41,9 +41,7 @@ def read(model: nn.Module, layers: Layers = -1, what: str | Sequence[str] = "cla
 class Look:
     """What one forward showed. Every value is a tensor if one layer was asked (an integer or a name), else a list."""
 
-    def __init__(
-        self, call: Call, anatomy: Anatomy, chosen: list[int], single: bool, what: tuple[str, ...]
-    ) -> None:
+    def __init__(self, call: Call, anatomy: Anatomy, chosen: list[int], single: bool, what: tuple[str, ...]) -> None:
         self._call, self._anatomy, self._chosen, self._single, self._what = (
             call,
             anatomy,
@@ -65,9 +63,7 @@ class Look:
 
     def class_logits(self, prefix: bool = False) -> Any:
         """Class-token query row, scaled, before softmax: (B, H, N). Padding is -inf. prefix=True keeps all columns."""
-        return self._each(
-            "class_logits", lambda x, i: self._columns(self._hide(x, i, float("-inf")), i, prefix)
-        )
+        return self._each("class_logits", lambda x, i: self._columns(self._hide(x, i, float("-inf")), i, prefix))
 
     def class_attention(self, prefix: bool = False) -> Any:
         """Share of the class token's attention on each patch: (B, H, N).
@@ -85,9 +81,7 @@ class Look:
 
     def mean_query(self, prefix: bool = False) -> Any:
         """Logits of the mean patch query: (B, H, N). A class-free cousin of the class row."""
-        return self._each(
-            "mean_query", lambda x, i: self._columns(self._hide(x, i, float("-inf")), i, prefix)
-        )
+        return self._each("mean_query", lambda x, i: self._columns(self._hide(x, i, float("-inf")), i, prefix))
 
     def full(self) -> Any:
         """Whole attention maps, probabilities over all tokens: (B, H, T, T)."""
@@ -120,7 +114,7 @@ class Look:
     def to_grid(self, x: Any, heads: str | None = "mean", layer: int = 0) -> Any:
         """Patches as a picture: (B, N) to (B, h, w); (B, H, N) is reduced over heads first.
 
-        x: a tensor of this look, or a list with one per asked layer.  heads: mean, max, min, or None to keep (B, H, h, w).
+        x: a tensor of this look, or a list with one per asked layer.  heads: mean, max, min; None keeps (B, H, h, w).
         layer: position among the asked layers that a single tensor belongs to, where layers have different grids.
         NaFlex images have a grid each: a list over images.
         """
@@ -137,9 +131,10 @@ class Look:
             return [self._scatter(x[b], b, hw) for b, hw in enumerate(grid)]
         h, w = grid
         if x.shape[-1] != h * w:
+            name = self._anatomy.layers[self._chosen[layer]].name
             raise ValueError(
-                f"{x.shape[-1]} columns do not fill the {h} x {w} grid of {self._anatomy.layers[self._chosen[layer]].name}"
-                ": prefix columns were kept, another layer's tensor was given, or patch dropout removed tokens"
+                f"{x.shape[-1]} columns do not fill the {h} x {w} grid of {name}: prefix columns were kept, "
+                "another layer's tensor was given, or patch dropout removed tokens"
             )
         return x.unflatten(-1, (h, w))
 
@@ -248,7 +243,7 @@ class Seen:
         if self._door is not None:
             raise ReadError("this read is open already: make another with foveal.read")
         self._door = attach(self._model)
-        self._state = self._door.admit(self, {i: self._what for i in self._chosen})
+        self._state = self._door.admit(self, dict.fromkeys(self._chosen, self._what))
         self._start = len(self._state.calls)
         self._kept = []
         return self
@@ -355,16 +350,12 @@ def _check_what(what: str | Sequence[str]) -> tuple[str, ...]:
 
 def _check_offered(anatomy: Anatomy, layer: Layer, what: str) -> None:
     if what not in layer.what:
-        raise ValueError(
-            f"{layer.name} ({layer.kind} attention) has no {what}; it offers {', '.join(layer.what)}"
-        )
+        raise ValueError(f"{layer.name} ({layer.kind} attention) has no {what}; it offers {', '.join(layer.what)}")
     if what == "class_logits" and layer.kind == "self" and layer.layout.class_index is None:
         pools = [one.name for one in anatomy.layers if one.kind in ("pool", "class")]
         pooled = f", or the row of its pooling query with layers={pools[0]!r}" if pools else ""
         registers = (
-            f" ({len(layer.layout.registers)} register tokens are not class tokens)"
-            if layer.layout.registers
-            else ""
+            f" ({len(layer.layout.registers)} register tokens are not class tokens)" if layer.layout.registers else ""
         )
         raise ValueError(
             f"this model has no class token{registers}, so there is no class row: read what='received' or "
@@ -398,9 +389,7 @@ def supported(model: nn.Module) -> Support:
     except UnsupportedModelError as error:
         return Support("", (), {}, None, str(error))
     offered = {layer.name: _offers(layer) for layer in anatomy.layers}
-    return Support(
-        anatomy.family, tuple(offered), offered, anatomy.layers[0].layout, "; ".join(anatomy.refused)
-    )
+    return Support(anatomy.family, tuple(offered), offered, anatomy.layers[0].layout, "; ".join(anatomy.refused))
 
 
 def _offers(layer: Layer) -> tuple[str, ...]:

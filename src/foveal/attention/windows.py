@@ -1,7 +1,7 @@
 """Put what was computed inside Swin's shifted windows back on the image grid.
 
-Liu et al., 2021, section 3.2: the map is rolled by -shift, padded to whole windows and cut; so it is joined, cropped and
-rolled back.
+Liu et al., 2021, section 3.2: the map is rolled by -shift, padded to whole windows and cut; so it is joined, cropped
+and rolled back.
 """
 
 from __future__ import annotations
