@@ -6,11 +6,11 @@ batches = Batches(data.train, image_config(model), 32, train=True, flip=data.fli
 
 from foveal.data.batches import Batch, Batches
 from foveal.data.config import ImageConfig, image_config
-from foveal.data.decode import Packed, decode, decode_tensor
+from foveal.data.decode import Packed, decode_tensor
 from foveal.data.errors import DataError, DataWarning
 from foveal.data.images import Data, Images, concatenate
-from foveal.data.load import SOURCES, load
 from foveal.data.packs import read_pack
+from foveal.data.sources import SOURCES, load
 from foveal.data.subsets import subset
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Images",
     "Packed",
     "concatenate",
-    "decode",
     "decode_tensor",
     "image_config",
     "load",
