@@ -90,6 +90,7 @@ class Batches:
                 batch_sampler=self._turn,
                 num_workers=workers,
                 collate_fn=_first,
+                generator=torch.Generator(),  # else the loader draws its workers' seeds from the global one
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=workers > 0,
             )

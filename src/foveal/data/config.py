@@ -49,7 +49,7 @@ def image_config(model: nn.Module) -> ImageConfig:
     the rest is timm's data configuration, with ImageNet's mean and deviation where the model has none.
     Raises DataError if the model does not tell its input size.
     """
-    cfg = timm.data.resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}) or {})
+    cfg = timm.data.resolve_data_config(model=model)
     channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", 3)
     if channels != 3:
         raise DataError(f"the model takes {channels} channels; images here have 3 (RGB)")
