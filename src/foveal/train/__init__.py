@@ -1,1 +1,37 @@
-"""..."""
+"""Training: settings, runs on disk, comparisons. Lightning is imported when something is trained.
+
+>>> run = foveal.train.fit(foveal.train.Settings(data="PHOTOS/", mix="transmix"))   # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from foveal.train.errors import DivergedError, Interrupted, RunError, SettingsError
+from foveal.train.run import Run
+from foveal.train.settings import Settings
+
+if TYPE_CHECKING:
+    from foveal.train.compare import Comparison, compare
+    from foveal.train.fit import fit
+
+__all__ = [
+    "Comparison",
+    "DivergedError",
+    "Interrupted",
+    "Run",
+    "RunError",
+    "Settings",
+    "SettingsError",
+    "compare",
+    "fit",
+]
+
+_LATER = {"fit": "fit", "compare": "compare", "Comparison": "compare"}  # these take Lightning, seconds to import
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        value = getattr(import_module(f"foveal.train.{_LATER[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'foveal.train' has no attribute {name!r}")

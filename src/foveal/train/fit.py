@@ -1,0 +1,240 @@
+"""Train a model as settings say, into a run folder that a kill cannot spoil.
+
+fit(settings)                 begins; refuses to touch a run that is there
+fit(settings, resume=True)    continues from the last finished epoch (or begins); a finished run is returned
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from foveal.attention import attach, supported
+from foveal.data import Data, load, subset
+from foveal.data.batches import Batch, Batches
+from foveal.data.order import step_sizes
+from foveal.mix import MIXERS
+from foveal.train import outcome
+from foveal.train.errors import Interrupted, SettingsError
+from foveal.train.files import write_text
+from foveal.train.folder import is_finished, locked, prepare
+from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
+from foveal.train.models import Built, build, resolve, write_model
+from foveal.train.precision import choose
+from foveal.train.progress import Show
+from foveal.train.record import Record
+from foveal.train.run import Run
+from foveal.train.settings import Settings
+from foveal.train.task import Classify
+from foveal.transfer import GUIDES
+
+
+def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progress: bool = False) -> Run:
+    """Train, select on validation, report on the test sets; the finished run.
+
+    resume: continue an unfinished run from its last finished epoch; on the CPU the final weights are bit for bit
+    those of a run that was never stopped. overwrite: remove a run that is in the folder. progress: show it on
+    stderr. Raises SettingsError, foveal.data.DataError, RunError (weights, folder or disk), DivergedError,
+    and Interrupted after Ctrl-C.
+    """
+    again = f"continue with: foveal train --resume {settings.folder}"
+    try:
+        return _fit(settings, resume, overwrite, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {again}") from None
+
+
+def load_data(settings: Settings) -> Data:
+    """The data of a run, with the subset of the training images that the settings ask for."""
+    seed = settings.seed if settings.data_seed is None else settings.data_seed
+    data = load(settings.data, seed=seed, image_size=settings.image_size)
+    if settings.label_fraction is None and settings.per_class is None:
+        return data
+    index = subset(data.train, share=settings.label_fraction, per_class=settings.per_class, seed=seed)
+    note = f"{len(index):,} of {len(data.train):,} training images used"
+    return replace(data, train=data.train.subset(index), notes=(*data.notes, note))
+
+
+def mixer_of(settings: Settings) -> Any:
+    """The mixer that the settings name."""
+    return MIXERS[settings.mix](**settings.mix_args, seed=settings.seed)
+
+
+def guide_of(settings: Settings, model: torch.nn.Module) -> Any:
+    """The guide that the settings name, its source the weights `model` has now; None for none or weight 0."""
+    kind = GUIDES[settings.guide]
+    return None if kind is None or settings.guide_weight == 0 else kind(source=model, weight=settings.guide_weight)
+
+
+def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool) -> Run:
+    if not settings.data:
+        raise SettingsError("no data given: a folder of class folders, a .npz pack, scenes, digits, cifar10, ...")
+    folder = settings.folder
+    if resume and is_finished(folder) and not overwrite:
+        prepare(settings, resume=True, overwrite=False)
+        return Run.load(folder)
+    resolve(settings)  # a wrong model name is told before the data are read
+    device = device_of(settings.device)
+    data = load_data(settings)
+    built = build(settings, len(data.classes))
+    precision = choose(settings.precision, device, built.model)
+    count, nodes = processes(settings.devices)
+    world = count * nodes
+    sizes = step_sizes(len(data.train), settings.batch_size, world, settings.accumulate)
+    task = Classify(
+        built.model,
+        settings,
+        classes=len(data.classes),
+        sizes=sizes,
+        parts=world * settings.accumulate,
+        mixer=mixer_of(settings),
+        guide=guide_of(settings, built.model),
+    )
+    record = Record(folder, task, len(data.train))
+    show = Show(task, record) if progress else None
+    unused = world > 1 and has_unused(built.model, built.image)
+    with quiet_lightning():
+        trainer = trainer_for(settings, device, precision, [record, *([show] if show else [])], unused)
+    with contextlib.ExitStack() as stack:
+        checkpoint = None
+        if trainer.is_global_zero:
+            stack.enter_context(locked(folder))
+            checkpoint = prepare(settings, resume=resume, overwrite=overwrite)
+            outcome.write_split(folder, data)
+        wait_for_first(trainer)
+        if not trainer.is_global_zero and record.last.is_file():
+            checkpoint = record.last
+        batches = _batches(settings, data, built, trainer)
+        if show is not None and trainer.is_global_zero:
+            show.begin(settings, data, built, precision, device, checkpoint)
+        if supported(built.model):
+            stack.enter_context(attach(built.model))
+        stack.enter_context(quiet_lightning())
+        _train(trainer, task, batches, checkpoint)
+    with contextlib.ExitStack() as stack:
+        if trainer.is_global_zero:
+            stack.enter_context(locked(folder))
+        _finish(settings, data, built, task, trainer, precision, batches[0])
+    return Run.load(folder)
+
+
+def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tuple["_Epochs", Batches]:
+    """Training and validation batches of this process."""
+    device = trainer.strategy.root_device
+    shared = {
+        "rank": trainer.global_rank,
+        "world": trainer.world_size,
+        "workers": _workers(settings, data),
+        "device": device,
+    }
+    train = Batches(
+        data.train,
+        built.image,
+        settings.batch_size,
+        train=True,
+        seed=settings.seed,
+        flip=data.flip if settings.flip is None else settings.flip,
+        crop_scale=settings.crop_scale,
+        randaugment=settings.randaugment,
+        accumulate=settings.accumulate,
+        **shared,
+    )
+    return _Epochs(train, trainer), Batches(data.val, built.image, settings.batch_size, train=False, **shared)
+
+
+class _Epochs:
+    """Batches that ask the trainer which epoch it is each time they begin."""
+
+    def __init__(self, batches: Batches, trainer: Any) -> None:
+        self.batches, self.trainer = batches, trainer
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches.set_epoch(self.trainer.current_epoch)
+        yield from self.batches
+
+
+def _train(trainer: Any, task: Classify, batches: tuple[_Epochs, Batches], checkpoint: Path | None) -> None:
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(task, batches[0], batches[1], ckpt_path=checkpoint)
+    except SystemExit:  # how Lightning leaves after Ctrl-C or SIGTERM
+        if not trainer.interrupted:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)  # Lightning leaves Ctrl-C switched off
+
+
+def _finish(
+    settings: Settings, data: Data, built: Built, task: Classify, trainer: Any, precision: str, train: _Epochs
+) -> None:
+    """Take the best weights, write the model, test it, and close the run with results.json."""
+    folder, device, first = settings.folder, trainer.strategy.root_device, trainer.is_global_zero
+    best = Record(folder, task, len(data.train)).best(task.best["epoch"])
+    built.model.load_state_dict(load_file(best))
+    built.model.to(device).eval()
+    sets: dict[str, Any] = {}
+    for name, images in data.tests.items():
+        predictions = outcome.predict_share(
+            built.model,
+            images,
+            built.image,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            batch_size=settings.batch_size,
+            device=device,
+            workers=_workers(settings, data),
+        )
+        if predictions is not None:
+            outcome.write_predictions(folder, name, predictions)
+            sets[name] = outcome.scores(predictions)
+    if not first:
+        trainer.strategy.barrier("results")
+        return
+    train.batches.set_epoch(0)
+    outcome.write_samples(folder, next(iter(train.batches)), built.image, task.mixer, built.model, settings.seed)
+    write_model(folder, built, data.classes, {"data": data.name, "settings": settings.as_dict()})
+    rows = Run(folder).metrics
+    chosen = rows[task.best["epoch"] - 1]
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    results = {
+        "sets": sets,
+        "bg_gap": outcome.bg_gap(sets),
+        "val": {name: chosen[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")},
+        "best_epoch": task.best["epoch"],
+        "epochs": settings.epochs,
+        "images": len(data.train),
+        "parameters": sum(p.numel() for p in built.model.parameters()),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processes": trainer.world_size,
+        "precision": precision,
+        "seconds": seconds,
+        "images_per_second": len(data.train) * len(rows) / seconds,
+        "command": settings.command(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    best.unlink(missing_ok=True)  # model.safetensors has the same weights
+    if trainer.world_size > 1:
+        trainer.strategy.barrier("results")
+
+
+def _workers(settings: Settings, data: Data) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 0 if data.train.pixels is not None else min(os.cpu_count() or 1, 8)

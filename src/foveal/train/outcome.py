@@ -1,0 +1,131 @@
+"""What a finished training is worth: predictions on the test sets, scores, a few of the images it learnt from."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveal.chance import generator
+from foveal.data.batches import Batch
+from foveal.data.config import ImageConfig
+from foveal.data.images import Data, Images
+from foveal.evaluate.predict import Predictions, predict
+from foveal.train.errors import RunError
+from foveal.train.files import whole_file, write_text
+from foveal.train.names import unknown
+
+SAMPLES = 8  # training images that samples.npz shows
+
+
+def scores(predictions: Predictions) -> dict[str, Any]:
+    """n, loss, accuracy, balanced accuracy (mean recall of the classes present), pointing (None without masks)."""
+    loss = torch.nn.functional.cross_entropy(predictions.logits.double(), predictions.labels)
+    return {
+        "n": len(predictions),
+        "loss": float(loss),
+        "accuracy": predictions.accuracy,
+        "balanced_accuracy": predictions.balanced_accuracy,
+        "pointing": predictions.mean_pointing,
+    }
+
+
+def bg_gap(sets: dict[str, dict[str, Any]]) -> float | None:
+    """Accuracy on mixed_same less that on mixed_rand, or None where there are no such test sets."""
+    if not {"mixed_same", "mixed_rand"} <= sets.keys():
+        return None
+    return float(sets["mixed_same"]["accuracy"] - sets["mixed_rand"]["accuracy"])
+
+
+def predict_share(
+    model: nn.Module, images: Images, config: ImageConfig, *, rank: int, world: int, **options: Any
+) -> Predictions | None:
+    """Predictions on all of `images`, made by `world` processes, a contiguous share each; None but on rank 0.
+
+    Every process must call this. options: batch_size, device, workers, as predict takes them.
+    """
+    bounds = [len(images) * r // world for r in range(world + 1)]
+    first, last = bounds[rank], bounds[rank + 1]
+    own = predict(model, images.subset(range(first, last)), config, **options) if last > first else None
+    if world == 1:
+        return own
+    parts: list[Predictions | None] | None = [None] * world if rank == 0 else None
+    torch.distributed.gather_object(own, parts)
+    if parts is None:
+        return None
+    return joined([(p, start) for p, start in zip(parts, bounds, strict=False) if p is not None])
+
+
+def joined(parts: list[tuple[Predictions, int]]) -> Predictions:
+    """Predictions of the contiguous parts of a set as one; each with the position where it starts."""
+
+    def together(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part, _ in parts]
+        return None if any(v is None for v in values) else torch.cat(values)
+
+    first = parts[0][0]
+    index = torch.cat([part.index + start for part, start in parts])
+    whole = {name: together(name) for name in ("logits", "labels", "pointing", "attention")}
+    return replace(first, index=index, **whole)  # type: ignore[arg-type]
+
+
+def write_predictions(folder: Path, name: str, predictions: Predictions) -> None:
+    """predictions/<name>.npz, one array per field that is there. Raises RunError where the disk does not take it."""
+    values = {one.name: getattr(predictions, one.name) for one in fields(predictions)}
+    with whole_file(folder / "predictions" / f"{name}.npz") as file:
+        np.savez(file, **{k: np.asarray(v) for k, v in values.items() if v is not None})  # type: ignore[arg-type]
+
+
+def read_predictions(folder: Path, name: str) -> Predictions:
+    """Predictions as written. Raises RunError, naming the nearest, for a test set that is not there."""
+    path = folder / "predictions" / f"{name}.npz"
+    if not path.is_file():
+        raise RunError(unknown("test set", name, [p.stem for p in path.parent.glob("*.npz")]) + f" in {folder}")
+    with np.load(path) as arrays:
+        values: dict[str, Any] = {"pointing": None, "attention": None}
+        values |= {k: str(v) if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
+    return Predictions(**values)
+
+
+def write_samples(folder: Path, batch: Batch, config: ImageConfig, mixer: Any, model: nn.Module, seed: int) -> None:
+    """samples.npz: the first training images of epoch 1 as the model got them.
+
+    images (n, 3, h, w) uint8, targets (n, C) float32, labels (n,), partners (n,) labels of the partner images,
+    keep (n, 1, h, w) share of each pixel that is the first image. Attention-made labels are the trained model's.
+    """
+    n = min(SAMPLES, len(batch.labels))
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    rng = generator(seed, "mix", 0, batch.micro)
+    images, labels = batch.images[:n], batch.labels[:n]
+    with torch.no_grad(), mixer.on(model, images, labels, rng=rng, num_classes=classes) as step:
+        model(step.images)
+        targets = step.targets(classes)
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    shown = ((step.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    arrays = {
+        "images": shown,
+        "targets": targets,
+        "labels": labels,
+        "partners": labels[step.mixed.perm.to(labels.device)],
+        "keep": step.mixed.keep.float(),
+    }
+    with whole_file(folder / "samples.npz") as file:
+        np.savez_compressed(file, **{k: v.detach().cpu().numpy() for k, v in arrays.items()})
+
+
+def write_split(folder: Path, data: Data) -> None:
+    """split.json: notes, class names, and for each set its size, images per class and the images' names."""
+    sets = {"train": data.train, "val": data.val, **{f"test/{k}": v for k, v in data.tests.items()}}
+    content = {
+        "data": data.name,
+        "notes": list(data.notes),
+        "classes": list(data.classes),
+        "sets": {
+            name: {"n": len(images), "per_class": images.class_sizes().tolist(), "images": list(images.names)}
+            for name, images in sets.items()
+        },
+    }
+    write_text(folder / "split.json", json.dumps(content, ensure_ascii=False) + "\n")

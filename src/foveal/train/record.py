@@ -1,0 +1,127 @@
+"""What a run writes down at the end of each epoch, in the order that survives a kill at any moment.
+
+1 rows of metrics.csv, steps.csv, TensorBoard     cut back on resume if 3 was not reached
+2 best-<epoch>.safetensors, if it is the best     beside the last best, which the checkpoint still names
+3 last.ckpt                                       from here on the epoch is done
+4 remove what the checkpoint no longer names
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from foveal.train.files import sweep, write_weights
+from foveal.train.table import Row, Table
+from foveal.train.task import Classify, Validation
+
+
+class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed for mypy here
+    """Writes a run's folder while it trains. images: number of training images."""
+
+    def __init__(self, folder: Path, task: Classify, images: int) -> None:
+        self.folder, self.images = folder, images
+        trained = tuple(f"train_{name}" for name in task.columns)
+        validated = ("val_loss", "val_accuracy", "val_balanced_accuracy")
+        self.metrics = Table(
+            folder / "metrics.csv", ("epoch", "lr", *trained, *validated, "seconds", "images_per_second")
+        )
+        self.steps = Table(folder / "steps.csv", ("epoch", "step", "lr", *task.columns))
+        self.board: Any = None
+        self.started = self.trained = 0.0
+        self.latest: Row | None = None
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last finished epoch."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def best(self, epoch: int) -> Path:
+        """The weights of an epoch that was the best so far."""
+        return self.folder / "checkpoints" / f"best-{epoch}.safetensors"
+
+    def on_train_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+        """Cut the tables back to the checkpoint (or begin them), open TensorBoard's file."""
+        if not trainer.is_global_zero:
+            return
+        done = trainer.current_epoch
+        sweep(self.folder)
+        self.metrics.begin(done)
+        self.steps.begin(done)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done * task.steps + 1)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_validation_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+        """Training of this epoch ends here."""
+        self.trained = time.perf_counter() - self.started
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, task: Classify) -> None:
+        """Write the epoch down, checkpoint last."""
+        curve, scores, epoch = task.epoch_curve(), task.validated(), trainer.current_epoch + 1
+        better = (scores.accuracy, -scores.loss) > (task.best["accuracy"], -task.best["loss"])
+        if trainer.is_global_zero:
+            self._write_rows(task, epoch, curve, scores)
+        if better:
+            task.best = {"epoch": epoch, "accuracy": scores.accuracy, "loss": scores.loss}
+            if trainer.is_global_zero:
+                write_weights(self.best(epoch), task.weights())
+        trainer.save_checkpoint(self.last)
+        if trainer.is_global_zero:
+            for path in self.last.parent.glob("best-*.safetensors"):
+                if path != self.best(task.best["epoch"]):
+                    path.unlink(missing_ok=True)
+
+    def on_exception(self, trainer: lightning.Trainer, task: Classify, exception: BaseException) -> None:
+        """Close TensorBoard's file."""
+        self.close()
+
+    def on_fit_end(self, trainer: lightning.Trainer, task: Classify) -> None:
+        """Close TensorBoard's file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close TensorBoard's file, if it is open."""
+        if self.board is not None:
+            self.board.close()
+            self.board = None
+
+    def _write_rows(self, task: Classify, epoch: int, curve: Tensor, scores: Validation) -> None:
+        first = (epoch - 1) * task.steps
+        rates = [task.settings.lr * task.rate(first + step) for step in range(task.steps)]
+        rows: list[Row] = [
+            {
+                "epoch": epoch,
+                "step": first + step + 1,
+                "lr": rates[step],
+                **dict(zip(task.columns, values, strict=True)),
+            }
+            for step, values in enumerate(curve.tolist())
+        ]
+        self.steps.append(rows)
+        # the mean over samples: the steps' means weighed by their sizes
+        mean = (curve.double() * task.sizes[:, None]).sum(0) / task.sizes.sum()
+        row: Row = {"epoch": epoch, "lr": rates[-1]}
+        row |= {f"train_{name}": float(value) for name, value in zip(task.columns, mean, strict=True)}
+        row |= {
+            "val_loss": scores.loss,
+            "val_accuracy": scores.accuracy,
+            "val_balanced_accuracy": scores.balanced_accuracy,
+            "seconds": time.perf_counter() - self.started,
+            "images_per_second": self.images / self.trained if self.trained > 0 else None,
+        }
+        self.metrics.append([row])
+        self.latest = row
+        for line in rows:
+            for name in ("lr", *task.columns):
+                self.board.add_scalar(f"step/{name}", line[name], line["step"])
+        for name, value in row.items():
+            if name not in ("epoch", "lr") and value is not None:
+                self.board.add_scalar(f"epoch/{name}", value, first + task.steps)
+        self.board.flush()
