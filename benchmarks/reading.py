@@ -2,7 +2,7 @@
 
     python benchmarks/reading.py [--quick] [--device cuda] [--dtype bfloat16] [--threads 2]
 
-ViT-S/16, inference, random weights. Every variant runs once per round, in a shuffled order, in one process; the ratio is
+ViT-S/16, inference, random weights. Every variant runs once per round, shuffled, in one process; the ratio is
 that of a round against the plain forward of the same round; median and quartiles over rounds are printed. On a CPU the
 clock counts the process's own seconds on all threads, so that other jobs on the machine count less; on a GPU it is the
 wall. A single time means nothing on a busy machine.
