@@ -36,7 +36,7 @@ def test_micro_batches_are_the_permutation_cut_in_order(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_weighted_mean_of_means_is_the_mean_over_the_step(sizes):
-    n, batch, world, accumulate = sizes
+    n, _, world, accumulate = sizes
     values = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     micros, parts = all_micros(*sizes), world * accumulate
     for start in range(0, len(micros), parts):
