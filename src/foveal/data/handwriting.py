@@ -21,7 +21,7 @@ _SHARES = (40, 5, 5, 20, 5, 25)  # per cent of each class's digits, in the order
 @cache
 def shape(digit: int, side: int) -> tuple[Field, Field]:
     """Strokes of a digit, and strokes with the line around them: two (side, side) float32 in [0, 1]."""
-    grey = np.pad(_digits()[digit], 1)  # one empty cell around: room for the line
+    grey = np.pad(handwritten()[digit], 1)  # one empty cell around: room for the line
     smooth = np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BICUBIC))
     cell = side / len(grey)  # pixels
     strokes = ((smooth - 0.42) * cell + 0.5).clip(0, 1)  # an edge about one pixel wide
@@ -42,7 +42,8 @@ def pool_digits(pool: str, digit: int) -> tuple[int, ...]:
 
 
 @cache
-def _digits() -> Field:
+def handwritten() -> Field:
+    """All digits of scikit-learn as float32 (1797, 8, 8) in [0, 1], 1 where the ink is."""
     from sklearn.datasets import load_digits
 
     return np.asarray(load_digits().images / 16, dtype=np.float32)  # (1797, 8, 8)
