@@ -11,8 +11,8 @@ from foveal.train.run import Run
 from foveal.train.settings import Settings
 
 if TYPE_CHECKING:
-    from foveal.train.compare import Comparison, compare
-    from foveal.train.fit import fit
+    from foveal.train.comparing import Comparison, compare
+    from foveal.train.fitting import fit
 
 __all__ = [
     "Comparison",
@@ -26,7 +26,7 @@ __all__ = [
     "fit",
 ]
 
-_LATER = {"fit": "fit", "compare": "compare", "Comparison": "compare"}  # these take Lightning, seconds to import
+_LATER = {"fit": "fitting", "compare": "comparing", "Comparison": "comparing"}  # these import Lightning: seconds
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ def parameter_groups(
     """
     from timm.optim import param_groups_layer_decay
 
-    spared = getattr(model, "no_weight_decay", set)()
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         model, weight_decay=weight_decay, layer_decay=layer_decay, no_weight_decay_list=list(spared)
     )
