@@ -72,10 +72,10 @@ def frame_pixels(
     assert images.pixels is not None
     at = index.to(images.pixels.device)
     x = images.pixels[at]
-    masks = None if images.masks is None else images.masks[at, None]
+    masks = None if images.masks is None else images.masks[at, None] * x.new_full((), 255)
     if augment is None:
         x = resize(x, config.size, config.interpolation)
-        return x, None if masks is None else (resize(masks * 255, config.size, "area")[:, 0] >= 127.5)
+        return x, None if masks is None else resize(masks, config.size, "bilinear")[:, 0] >= 127.5
     crops = draw_crops(
         index.tolist(),
         (x.shape[-2], x.shape[-1]),
@@ -84,10 +84,12 @@ def frame_pixels(
         crop_scale=augment.crop_scale,
         flip=augment.flip,
     )
-    x = crop_and_flip(x, crops, config.size)
     if augment.randaugment:
-        return _randaugment(x, index, augment.seed, epoch), None
-    return x, None if masks is None else (crop_and_flip(masks, crops, config.size)[:, 0] >= 0.5)
+        return _randaugment(crop_and_flip(x, crops, config.size), index, augment.seed, epoch), None
+    if masks is None:
+        return crop_and_flip(x, crops, config.size), None
+    out = crop_and_flip(torch.cat([x, masks], 1), crops, config.size)  # one pass for both
+    return out[:, :3], out[:, 3] >= 127.5
 
 
 def resize(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -95,11 +97,8 @@ def resize(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     x = x.to(torch.float32)
     if x.shape[-2:] == size:
         return x
-    if interpolation in ("bilinear", "bicubic"):
-        return interpolate(x, size, mode=interpolation, antialias=True).clamp(0, 255)
-    if interpolation == "area":
-        return interpolate(x, size, mode="area")
-    return interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)  # lanczos has no batched form
+    mode = "bilinear" if interpolation == "bilinear" else "bicubic"  # lanczos has no batched form
+    return interpolate(x, size, mode=mode, antialias=True).clamp(0, 255)
 
 
 def _randaugment(x: Tensor, index: Tensor, seed: int, epoch: int) -> Tensor:
