@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import stats as scipy_stats
+from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 
 from foveal.chance import generator
 
@@ -115,7 +115,7 @@ def _over_seeds(values: npt.NDArray[np.float64], prefix: str, level: float) -> I
     if why:
         over = f"not available: {why}" + ("" if n == 1 else f" ({prefix}{n} seeds)")
         return Interval(mean, math.nan, math.nan, level, over)
-    half = float(scipy_stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, level, f"{prefix}{n} seeds (Student's t)")
 
 

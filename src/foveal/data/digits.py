@@ -1,7 +1,6 @@
 """Handwritten digits: scikit-learn's 1,797 images of 8 x 8, enlarged. Nothing to download, trained in seconds."""
 
 import torch
-from sklearn.datasets import load_digits as sklearn_digits
 from torch.nn.functional import interpolate
 
 from foveal.data.images import Data, Images
@@ -15,6 +14,8 @@ def load_digits(options: dict[str, str], seed: int = 0, image_size: int | None =
 
     options: none are known.
     """
+    from sklearn.datasets import load_digits as sklearn_digits  # here: importing it takes a second
+
     found = sklearn_digits()
     side = image_size or 32
     grey = torch.from_numpy(found.images).to(torch.float32)[:, None] * (255 / 16)  # (1797, 1, 8, 8), 0 to 255
