@@ -113,6 +113,14 @@ def test_too_few_to_split():
         hold_out(images(1, 1), {"val": 15, "test": 15}, 0)
 
 
+def test_classes_too_small_for_every_part_are_counted():
+    _, how = hold_out(images(1, 2, 10, 10), {"val": 15, "test": 15}, 7)
+    assert how == (
+        "split by seed 7: 14 train, 4 val, 5 test; 2 classes too small to have one in val;"
+        " 1 class too small to have one in test"
+    )
+
+
 def test_complete_fills_what_is_missing():
     whole, other = images(20, 20), images(5, 5)
     both = complete("x", whole, None, {}, 0, [])

@@ -72,7 +72,7 @@ def crop_and_flip(images: Tensor, crops: Crops, size: tuple[int, int]) -> Tensor
     x = images.to(torch.float32)
     boxes = crops.boxes.to(x.device, torch.float32)
     sample = torch.arange(len(x), device=x.device, dtype=torch.float32)[:, None]
-    out = roi_align(x, torch.cat([sample, boxes], 1), size, sampling_ratio=-1, aligned=True)
+    out: Tensor = roi_align(x, torch.cat([sample, boxes], 1), size, sampling_ratio=-1, aligned=True)
     mirrored = crops.flip.nonzero()[:, 0].to(x.device)  # counted on the CPU: no waiting for the device
     out[mirrored] = out[mirrored].flip(-1)
     return out

@@ -78,5 +78,9 @@ def hold_out(images: Images, percent: Mapping[str, int], seed: int) -> tuple[dic
             f" few to split into {' and '.join(index)}: nothing is left for {' and '.join(empty)};"
             f" add images: a class needs at least {len(index)}"
         )
-    sizes = ", ".join(f"{len(at):,} {name}" for name, at in index.items())
-    return {name: images.subset(at) for name, at in index.items()}, f"split by seed {seed}: {sizes}"
+    parts = {name: images.subset(at) for name, at in index.items()}
+    how = f"split by seed {seed}: " + ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
+    for name, part in parts.items():
+        missing = int(((part.class_sizes() == 0) & (images.class_sizes() > 0)).sum())
+        how += f"; {counted(missing, 'class', 'classes')} too small to have one in {name}" if missing else ""
+    return parts, how
