@@ -67,7 +67,7 @@ def caught_sdpa(
     """The arguments of scaled_dot_product_attention, key heads repeated for grouped-query attention."""
     if is_causal:
         raise ReadError("causal attention is not read: an image model attends in both directions")
-    if query.dim() == 5 and query.shape[2] == 1:  # Hiera's global blocks before timm 1.0.25: one window, written out
+    if query.dim() == 5 and query.shape[2] == 1:  # Hiera's global blocks in older timm: one window, written out
         query, key, value = query.squeeze(2), key.squeeze(2), value.squeeze(2)
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
