@@ -1,0 +1,288 @@
+"""Charts as inline SVG that stretch to their column and take their colours from the page.
+
+Across, places are percent of the chart's width; downwards they are pixels.  So a chart fits a phone and a wall, and
+its letters and lines keep their size.  Colours are the page's CSS variables by class (`base`, `arm`, `ink`), so the
+same markup is right in light and dark.  Only names and numbers go in, and every name is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from markupsafe import Markup
+
+LEFT = 44  # pixels for the numbers of a vertical axis
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear axis with round ticks: low and high are data, `at` gives a place in [0, 1]."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+    def label(self, value: float) -> str:
+        step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return number(value, digits)
+
+
+def scale(values: Sequence[float], count: int = 5, *, within: tuple[float, float] | None = None) -> Scale:
+    """An axis that holds all finite values, about `count` ticks at 1, 2 or 5 times a power of ten.
+
+    within: the range that makes sense, such as (0, 100) for percent; the axis does not leave it.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [round(i * step, 12) for i in range(first, last + 1)]
+    if within:
+        ticks = [tick for tick in ticks if within[0] <= tick <= within[1]] or list(within)
+    return Scale(min(ticks[0], low), max(ticks[-1], high), tuple(ticks))
+
+
+def number(value: float, digits: int = 1, *, sign: bool = False) -> str:
+    """A number as one reads it: a real minus, no minus before zero; with `sign` also a plus."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("−" if value < 0 else "+" if sign else "") + text
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: kind is `base` or `arm`, thin lines are single seeds."""
+
+    kind: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    thin: bool = False
+
+
+def curves(lines: Sequence[Line], *, label: str, unit: str, x_label: str = "epoch", height: int = 190) -> Markup:
+    """Lines over a common axis, NaN leaves a gap.  label: what a listener to the page hears."""
+    ys = [y for line in lines for y in line.ys]
+    xs = [x for line in lines for x in line.xs]
+    up = scale(ys, 4, within=(0, 100) if unit == "%" else None)
+    along = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, ())
+    steps = [tick for tick in scale([along.low, along.high], 4).ticks if along.low <= tick <= along.high]
+    marks = [_horizontal(up, tick, height, unit if tick == up.ticks[-1] else "") for tick in up.ticks]
+    for tick in steps:
+        if tick == round(tick):
+            marks.append(_below(along.at(tick), height, f"{tick:.0f}"))
+    marks.append(_below(1.0, height, x_label, second=True))
+    drawn = []
+    for line in sorted(lines, key=lambda line: not line.thin):  # thin ones below
+        kind = f"line {line.kind}{' thin' if line.thin else ''}"
+        for part in _parts(line):
+            points = " ".join(f"{100 * along.at(x):.2f},{height * (1 - up.at(y)):.2f}" for x, y in part)
+            drawn.append(Markup('<polyline class="{}" points="{}"/>').format(kind, points))
+    return _plot(marks, drawn, height, label)
+
+
+def _parts(line: Line) -> list[list[tuple[float, float]]]:
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(line.xs, line.ys, strict=True):
+        if math.isfinite(y):
+            parts[-1].append((x, y))
+        elif parts[-1]:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts per bin as shares of all, drawn as a step; `mark` is a vertical line with its name."""
+
+    kind: str
+    shares: Sequence[float]
+    mark: float | None = None
+
+
+def histograms(
+    shapes: Sequence[Histogram], *, edges: Sequence[float], label: str, even: float | None, height: int = 170
+) -> Markup:
+    """Step-shaped distributions over one axis of percent; `even` is the dashed line of an even gaze."""
+    along = Scale(edges[0], edges[-1], ())
+    top = max(max(shape.shares) for shape in shapes) * 1.12 or 1.0
+    marks = [_below(along.at(tick), height, f"{tick:.0f} %") for tick in (0, 25, 50, 75, 100)]
+    marks.append(Markup('<line class="axis" x1="0%" x2="100%" y1="{0}" y2="{0}"/>').format(height))
+    if even is not None:
+        marks.append(_vertical(along.at(even), height, "even"))
+    drawn = []
+    for shape in shapes:
+        points = [f"{100 * along.at(edges[0]):.2f},{height}"]
+        for left, right, share in zip(edges[:-1], edges[1:], shape.shares, strict=True):
+            y = f"{height * (1 - share / top):.2f}"
+            points += [f"{100 * along.at(left):.2f},{y}", f"{100 * along.at(right):.2f},{y}"]
+        points.append(f"{100 * along.at(edges[-1]):.2f},{height}")
+        drawn.append(Markup('<polygon class="step {}" points="{}"/>').format(shape.kind, " ".join(points)))
+        if shape.mark is not None:
+            marks.append(_vertical(along.at(shape.mark), height, shape.kind))
+    return _plot(marks, drawn, height, label, axis=False)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A dot with its interval, both in data units; `outer` is a second, thinner interval around the same mean."""
+
+    mean: float
+    low: float
+    high: float
+    kind: str = "arm"
+    outer: tuple[float, float] | None = None
+    clear: bool = True  # False: the interval includes zero, the dot is hollow
+
+
+def strip(spans: Sequence[Span], axis: Scale, *, label: str, zero: bool = False, height: int = 30) -> Markup:
+    """One row of a forest plot: dots with whiskers on a shared axis, one under the other when several."""
+    marks = [_gridline(axis.at(tick), "zero" if zero and tick == 0 else "grid") for tick in axis.ticks]
+    for i, span in enumerate(spans):
+        y = height * (i + 1) / (len(spans) + 1)
+        if span.outer:
+            marks.append(_whisker(axis, *span.outer, y, f"outer {span.kind}"))
+        marks.append(_whisker(axis, span.low, span.high, y, f"inner {span.kind}"))
+        x = 100 * min(max(axis.at(span.mean), 0), 1)
+        kind = f"dot {span.kind}{'' if span.clear else ' hollow'}"
+        marks.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{:.1f}" r="5"/>').format(kind, x, y))
+    return _strip(marks, label, height)
+
+
+def dumbbell(spans: Sequence[Span], axis: Scale, *, label: str, height: int = 26) -> Markup:
+    """One row of a dot plot: a dot per arm and a line between them; the last dot lies on top."""
+    marks = [_gridline(axis.at(tick), "grid") for tick in axis.ticks]
+    places = [100 * axis.at(span.mean) for span in spans]
+    y = height / 2
+    marks.append(_whisker(axis, min(s.mean for s in spans), max(s.mean for s in spans), y, f"link {spans[-1].kind}"))
+    for x, span in zip(places, spans, strict=True):
+        marks.append(Markup('<circle class="dot {}" cx="{:.2f}%" cy="{:.1f}" r="4.5"/>').format(span.kind, x, y))
+    return _strip(marks, label, height)
+
+
+def axis_strip(axis: Scale, unit: str = "") -> Markup:
+    """The numbers below a column of strips."""
+    marks = []
+    for tick in axis.ticks:
+        x, text = 100 * axis.at(tick), axis.label(tick) + unit
+        marks.append(Markup('<text x="{:.2f}%" y="14" text-anchor="middle">{}</text>').format(x, text))
+    return Markup('<svg class="strip ticks" aria-hidden="true" width="100%" height="20">{}</svg>').format(
+        Markup("").join(marks)
+    )
+
+
+@dataclass(frozen=True)
+class Slope:
+    """One arm's way from the first value to the second, with its single seeds."""
+
+    kind: str
+    name: str
+    ends: tuple[float, float]
+    seeds: Sequence[tuple[float, float]] = field(default=())
+
+
+def slopes(arms: Sequence[Slope], names: tuple[str, str], *, label: str, height: int = 230) -> Markup:
+    """Two test sets, one line per arm: the steeper it falls, the more the background mattered."""
+    values = [v for arm in arms for pair in [arm.ends, *arm.seeds] for v in pair]
+    up = scale(values, 4, within=(0, 100))
+    x1, x2 = 24.0, 72.0
+    marks = [_gridline(x / 100, "axis") for x in (x1, x2)]
+    for x, name in zip((x1, x2), names, strict=True):
+        marks.append(Markup('<text x="{}%" y="{}" text-anchor="middle">{}</text>').format(x, height + 20, name))
+
+    def y(value: float) -> float:
+        return height * (1 - up.at(value))
+
+    segment = Markup('<line class="line {}" x1="{}%" x2="{}%" y1="{:.1f}" y2="{:.1f}"/>')
+    for arm in arms:
+        for first, second in arm.seeds:
+            marks.append(segment.format(f"{arm.kind} thin", x1, x2, y(first), y(second)))
+    for arm in arms:
+        marks.append(segment.format(arm.kind, x1, x2, y(arm.ends[0]), y(arm.ends[1])))
+        for x, value in zip((x1, x2), arm.ends, strict=True):
+            dot = Markup('<circle class="dot {}" cx="{}%" cy="{:.1f}" r="5"/>')
+            marks.append(dot.format(arm.kind, x, y(value)))
+    for end, x, anchor, dx in ((0, x1, "end", -12), (1, x2, "start", 12)):
+        places = _apart([y(arm.ends[end]) for arm in arms], 18)
+        for arm, place in zip(arms, places, strict=True):
+            text = number(arm.ends[end]) if end == 0 else f"{number(arm.ends[end])}  {arm.name}"
+            marks.append(
+                Markup('<text class="value {}" x="{}%" dx="{}" y="{:.1f}" dy="5" text-anchor="{}">{}</text>').format(
+                    arm.kind, x, dx, place, anchor, text
+                )
+            )
+    return Markup(
+        '<div class="plot bare"><svg role="img" aria-label="{}" width="100%" height="{}">{}</svg></div>'
+    ).format(label, height, Markup("").join(marks))
+
+
+def _apart(places: Sequence[float], room: float) -> list[float]:
+    """The places pushed apart until `room` pixels lie between neighbours."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for _ in range(50):
+        for i, j in pairwise(order):
+            short = room - (moved[j] - moved[i])
+            if short > 0.01:
+                moved[i] -= short / 2
+                moved[j] += short / 2
+    return moved
+
+
+def _plot(marks: list[Markup], drawn: list[Markup], height: int, label: str, *, axis: bool = True) -> Markup:
+    inner = Markup('<svg viewBox="0 0 100 {0}" preserveAspectRatio="none" width="100%" height="{0}">{1}</svg>').format(
+        height, Markup("").join(drawn)
+    )
+    outer = Markup('<svg role="img" aria-label="{}" width="100%" height="{}">{}{}</svg>').format(
+        label, height, Markup("").join(marks), inner
+    )
+    return Markup('<div class="plot{}">{}</div>').format("" if axis else " bare", outer)
+
+
+def _strip(marks: list[Markup], label: str, height: int) -> Markup:
+    return Markup('<svg class="strip" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
+        label, height, Markup("").join(marks)
+    )
+
+
+def _horizontal(axis: Scale, tick: float, height: int, unit: str) -> Markup:
+    y = height * (1 - axis.at(tick))
+    text = axis.label(tick) + (f" {unit}" if unit else "")
+    return Markup(
+        '<line class="grid" x1="0%" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>'
+        '<text x="0" dx="-8" y="{0:.1f}" dy="4" text-anchor="end">{1}</text>'
+    ).format(y, text)
+
+
+def _below(place: float, height: int, text: str, *, second: bool = False) -> Markup:
+    anchor = "start" if place < 0.02 else "end" if place > 0.98 else "middle"
+    y = height + (36 if second else 18)
+    return Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{}</text>').format(100 * place, y, anchor, text)
+
+
+def _vertical(place: float, height: int, kind: str) -> Markup:
+    return Markup('<line class="mark {1}" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{2}"/>').format(
+        100 * place, kind, height
+    )
+
+
+def _gridline(place: float, kind: str) -> Markup:
+    return Markup('<line class="{1}" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(100 * place, kind)
+
+
+def _whisker(axis: Scale, low: float, high: float, y: float, kind: str) -> Markup:
+    x1, x2 = (100 * min(max(axis.at(value), 0), 1) for value in (low, high))
+    return Markup('<line class="whisker {}" x1="{:.2f}%" x2="{:.2f}%" y1="{y:.1f}" y2="{y:.1f}"/>').format(
+        kind, x1, x2, y=y
+    )

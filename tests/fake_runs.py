@@ -1,0 +1,131 @@
+"""Run and comparison folders as training leaves them, without training: for tests of what reads them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foveal.data import Data, ImageConfig, load
+from foveal.evaluate import balanced_accuracy, energy_share
+from foveal.train.comparing import Comparison, _content
+from foveal.train.run import Run
+from foveal.train.settings import Settings
+
+SPEC = "scenes:train=20,val=20,test=40,classes=0-3"
+SKILL = {"mixed_same": 3.0, "mixed_rand": 2.0, "test": 2.5}
+
+
+def fake_run(
+    folder: Path,
+    *,
+    seed: int = 0,
+    skill: float = 0.0,
+    look: float = 2.0,
+    masks: bool = True,
+    attention: bool = True,
+    classes: tuple[str, ...] | None = None,
+    spec: str = SPEC,
+    epochs: int = 5,
+    **settings: Any,
+) -> Run:
+    """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object."""
+    rng = torch.Generator().manual_seed(seed)
+    data = load(spec)
+    names = classes or data.classes
+    folder.mkdir(parents=True)
+    chosen = Settings(data=spec, model="vit_tiny_patch16_224", init="none", seed=seed, epochs=epochs, **settings)
+    (folder / "settings.yaml").write_text(chosen.to_yaml(), "utf-8")
+    sets = {}
+    (folder / "predictions").mkdir()
+    for name, images in data.tests.items():
+        logits = torch.randn(len(images), len(names), generator=rng)
+        logits[torch.arange(len(images)), images.labels] += SKILL[name] - 1 + skill
+        arrays = {"logits": logits, "labels": images.labels, "index": torch.arange(len(images))}
+        if attention:
+            noise = torch.rand(len(images), 8, 8, generator=rng) ** 3
+            arrays["attention"] = noise
+            if images.masks is not None and masks:
+                inside = torch.nn.functional.adaptive_avg_pool2d(images.masks[:, None].float(), 8)[:, 0]
+                arrays["attention"] = noise * (1 + look * inside) / 64
+                arrays["pointing"] = energy_share(arrays["attention"], images.masks)
+            arrays["attention_kind"] = np.array("class")
+        np.savez(folder / "predictions" / f"{name}.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+        right = logits.argmax(1) == images.labels
+        sets[name] = {
+            "n": len(images),
+            "loss": float(torch.nn.functional.cross_entropy(logits.double(), images.labels)),
+            "accuracy": float(right.double().mean()),
+            "balanced_accuracy": balanced_accuracy(logits, images.labels),
+            "pointing": float(arrays["pointing"].mean()) if "pointing" in arrays else None,
+        }
+    _json(folder / "split.json", _split(data, names))
+    card = {
+        "architecture": chosen.model, "arguments": {}, "classes": list(names), "init": "random weights",
+        "image": asdict(ImageConfig(size=(32, 32))), "versions": {"python": "3.11", "torch": "2.11"},
+    }  # fmt: skip
+    _json(folder / "model.json", card)
+    _metrics(folder, epochs, rng)
+    images, labels = data.train.pixels[:8], data.train.labels[:8]
+    own, weight = torch.eye(len(names))[labels], torch.rand(8, 1, generator=rng)
+    targets = own if chosen.mix == "none" else weight * own + (1 - weight) * own.flip(0)
+    np.savez(folder / "samples.npz", images=images, targets=targets, labels=labels, partners=labels.flip(0))
+    both = {"mixed_same", "mixed_rand"} <= sets.keys()
+    results = {
+        "sets": sets,
+        "bg_gap": sets["mixed_same"]["accuracy"] - sets["mixed_rand"]["accuracy"] if both else None,
+        "val": {"accuracy": 0.7, "balanced_accuracy": 0.7, "loss": 1.0}, "best_epoch": epochs, "epochs": epochs,
+        "images": len(data.train), "parameters": 1234567, "device": "cpu", "precision": "float32", "seconds": 12.5,
+        "images_per_second": 987.6, "command": f"foveal train '{spec}' --seed {seed}", "finished": "2025-01-01",
+    }  # fmt: skip
+    _json(folder / "results.json", results)
+    return Run.load(folder)
+
+
+def fake_comparison(
+    folder: Path, arms: dict[str, dict[str, Any]], seeds: tuple[int, ...] = (0, 1), **common: Any
+) -> Comparison:
+    """A comparison of such runs; the first arm is the baseline. The values of `arms` go to fake_run."""
+    settings = {}
+    for arm, options in arms.items():
+        for seed in seeds:
+            run = fake_run(folder / f"{arm}-seed{seed}", seed=seed, **common | options)
+        settings[arm] = run.settings
+    made = {
+        arm: [each.replace(out=str(folder), name=f"{arm}-seed{seed}") for seed in seeds]
+        for arm, each in settings.items()
+    }
+    _json(folder / "comparison.json", _content(settings, seeds, made))
+    return Comparison.load(folder)
+
+
+def _split(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
+    sets = {"train": data.train, "val": data.val, **{f"test/{k}": v for k, v in data.tests.items()}}
+    told = {
+        name: {"n": len(images), "per_class": images.class_sizes().tolist(), "images": list(images.names)}
+        for name, images in sets.items()
+    }
+    return {"data": data.name, "notes": list(data.notes), "classes": list(names), "sets": told}
+
+
+def _metrics(folder: Path, epochs: int, rng: torch.Generator) -> None:
+    lines = ["epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_balanced_accuracy,seconds,images_per_second"]
+    for epoch in range(1, epochs + 1):
+        noise = 0.03 * torch.randn(4, generator=rng)
+        done = 1 - 2.0 ** (-4 * epoch / epochs)
+        values = [
+            2 - 1.5 * done + noise[0],
+            0.1 + 0.5 * done + noise[1],
+            2 - 1.2 * done + noise[2],
+            0.1 + 0.6 * done + noise[3],
+        ]
+        lines.append(",".join(map(str, [epoch, 0.001, *(float(v) for v in values), float(values[-1]), 1.5, 900.0])))
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content), "utf-8")
