@@ -28,8 +28,14 @@ def inside(box, tile):
 def test_same_seed_same_pixels_and_another_seed_others():
     first, again, other = (scenes.load(SMALL, seed=s) for s in (3, 3, 4))
     assert torch.equal(first.train.pixels, again.train.pixels)
-    assert torch.equal(first.tests["mixed_rand"].pixels, again.tests["mixed_rand"].pixels)
+    assert torch.equal(first.val.pixels, again.val.pixels)
     assert not torch.equal(first.train.pixels, other.train.pixels)
+    assert not torch.equal(first.val.pixels, other.val.pixels)
+
+
+def test_the_tests_are_the_same_under_every_seed():
+    first, other = (scenes.load(SMALL, seed=s).tests for s in (3, 4))
+    assert all(torch.equal(first[name].pixels, other[name].pixels) for name in ("mixed_same", "mixed_rand"))
 
 
 def test_fewer_scenes_are_a_prefix_of_more():
