@@ -31,20 +31,20 @@ from foveal.train.machine import device_of, has_unused, processes, quiet_lightni
 from foveal.train.models import Built, build, resolve, write_model
 from foveal.train.precision import choose
 from foveal.train.progress import Show
-from foveal.train.record import Record
+from foveal.train.record import Record, Tell
 from foveal.train.run import Run
 from foveal.train.settings import Settings
 from foveal.train.task import Classify
 from foveal.transfer import GUIDES
 
 
-def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progress: bool = False) -> Run:
+def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progress: bool | Tell = False) -> Run:
     """Train, select on validation, report on the test sets; the finished run.
 
     resume: continue an unfinished run from its last finished epoch; on the CPU the final weights are bit for bit
     those of a run that was never stopped. overwrite: remove a run that is in the folder. progress: show it on
-    stderr. Raises SettingsError, foveal.data.DataError, RunError (weights, folder or disk), DivergedError,
-    and Interrupted after Ctrl-C.
+    stderr, or call this with each epoch's row of metrics.csv. Raises SettingsError, foveal.data.DataError,
+    RunError (weights, folder or disk), DivergedError, and Interrupted after Ctrl-C.
     """
     again = f"continue with: foveal train --resume {settings.folder}"
     try:
@@ -75,7 +75,7 @@ def guide_of(settings: Settings, model: torch.nn.Module) -> Any:
     return None if kind is None or settings.guide_weight == 0 else kind(source=model, weight=settings.guide_weight)
 
 
-def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool) -> Run:
+def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tell) -> Run:
     if not settings.data:
         raise SettingsError("no data given: a folder of class folders, a .npz pack, scenes, digits, cifar10, ...")
     folder = settings.folder
@@ -99,8 +99,8 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool) -> R
         mixer=mixer_of(settings),
         guide=guide_of(settings, built.model),
     )
-    record = Record(folder, task, len(data.train))
-    show = Show(task, record) if progress else None
+    record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)
+    show = Show(record) if progress is True else None
     unused = world > 1 and has_unused(built.model, built.image)
     with quiet_lightning():
         trainer = trainer_for(settings, device, precision, [record, *([show] if show else [])], unused)

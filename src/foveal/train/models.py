@@ -51,13 +51,13 @@ def build(settings: Settings, classes: int) -> Built:
     architecture, arguments = resolve(settings)
     arguments = arguments | {"num_classes": classes}
     extra = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
-    pretrained = settings.init == "pretrained"
+    demo = settings.init == "demo" or (settings.init == "pretrained" and settings.model == "demo")
     with seeded(settings.seed, "init"):
-        if pretrained:
+        if settings.init == "pretrained" and not demo:
             model, origin = _pretrained(architecture, arguments | extra)
         else:
             model, origin = _create(architecture, arguments | extra), "random weights"
-    if settings.init == "demo":
+    if demo:
         origin = str(load_weights(model, DEMO))
     elif settings.init not in ("pretrained", "none"):
         origin = str(load_weights(model, settings.init))

@@ -20,7 +20,7 @@ REFRESH = 4  # times per second: the bar never costs a tiny model's step much
 class Show(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed for mypy here
     """Tells on stderr, from the first process, what is trained on what and how it goes."""
 
-    def __init__(self, task: Classify, record: Record) -> None:
+    def __init__(self, record: Record) -> None:
         self.record = record
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None

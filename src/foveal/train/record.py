@@ -7,6 +7,7 @@
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from foveal.train.files import sweep, write_weights
 from foveal.train.table import Row, Table
 from foveal.train.task import Classify, Validation
 
+Tell = Callable[[Row], None]
+
 
 class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed for mypy here
-    """Writes a run's folder while it trains. images: number of training images."""
+    """Writes a run's folder while it trains. images: number of training images. tell: called with each epoch's row."""
 
-    def __init__(self, folder: Path, task: Classify, images: int) -> None:
-        self.folder, self.images = folder, images
+    def __init__(self, folder: Path, task: Classify, images: int, tell: Tell | None = None) -> None:
+        self.folder, self.images, self.tell = folder, images, tell
         trained = tuple(f"train_{name}" for name in task.columns)
         validated = ("val_loss", "val_accuracy", "val_balanced_accuracy")
         self.metrics = Table(
@@ -77,6 +80,8 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
             for path in self.last.parent.glob("best-*.safetensors"):
                 if path != self.best(task.best["epoch"]):
                     path.unlink(missing_ok=True)
+            if self.tell is not None and self.latest is not None:
+                self.tell(self.latest)
 
     def on_exception(self, trainer: lightning.Trainer, task: Classify, exception: BaseException) -> None:
         """Close TensorBoard's file."""
