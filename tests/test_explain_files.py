@@ -79,8 +79,8 @@ def test_stored_pixels_are_shown_at_their_own_size(run):
 
 def test_predictions_in_words():
     logits = torch.tensor([0.2, 0.7, 0.1]).log()
-    assert prediction(logits, ("cat", "dog", "cow")) == "dog, 70 % (cat, 20 %)"
-    assert prediction(logits[:1], ("cat",)) == "cat, 100 %"
+    assert prediction(logits, ("cat", "dog", "cow")) == "dog (70 %), then cat (20 %)"
+    assert prediction(logits[:1], ("cat",)) == "cat (100 %)"
 
 
 def test_an_unreadable_image_is_named_and_nothing_is_written(run, photo, tmp_path):

@@ -59,16 +59,17 @@ def explain(run: Trained, paths: Sequence[str | Path], out: str | Path) -> list[
 
 
 def prediction(logits: Tensor, classes: Sequence[str]) -> str:
-    """The most probable class and its probability, and the runner-up: "cat, 83 % (dog, 9 %)"."""
+    """The most probable class and its probability, and the runner-up: "cat (83 %), then dog (9 %)"."""
     shares, order = logits.float().softmax(-1).sort(descending=True)
-    first, *rest = [f"{classes[i]}, {100 * share:.0f} %" for share, i in zip(shares[:2], order[:2], strict=True)]
-    return f"{first} ({rest[0]})" if rest else first
+    first, *rest = [f"{classes[i]} ({100 * share:.0f} %)" for share, i in zip(shares[:2], order[:2], strict=True)]
+    return f"{first}, then {rest[0]}" if rest else first
 
 
 def _note(seen: Pictures) -> str:
     kinds = list(dict.fromkeys(seen.describe(i) for i in range(len(seen.layers))))
     told = "; last row: ".join(kinds) if len(kinds) > 1 else kinds[0]
-    return f"{told[0].upper()}{told[1:]}. Every panel has its own scale: full colour is its largest patch."
+    scale = "Every panel has its own scale: full colour is its largest patch, at least twice the even share."
+    return f"{told[0].upper()}{told[1:]}. {scale}"
 
 
 def _names(files: Sequence[Path]) -> list[str]:

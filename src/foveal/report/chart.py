@@ -216,7 +216,9 @@ def slopes(arms: Sequence[Slope], names: tuple[str, str], *, label: str, height:
     for end, x, anchor, dx in ((0, x1, "end", -12), (1, x2, "start", 12)):
         places = _apart([y(arm.ends[end]) for arm in arms], 18)
         for arm, place in zip(arms, places, strict=True):
-            text = number(arm.ends[end]) if end == 0 else f"{number(arm.ends[end])}  {arm.name}"
+            text = number(arm.ends[end])
+            if end == 1 and len(arm.name) <= 12:  # a longer one would not fit a phone; the key has it
+                text += f" {arm.name}"
             marks.append(
                 Markup('<text class="value {}" x="{}%" dx="{}" y="{:.1f}" dy="5" text-anchor="{}">{}</text>').format(
                     arm.kind, x, dx, place, anchor, text
