@@ -11,9 +11,9 @@ import pytest
 from fake_runs import SPEC, fake_comparison, fake_run
 from foveal.data import load
 from foveal.report import comparison_page, run_page
-from foveal.report.chart import number
+from foveal.report.axes import number
+from foveal.report.classes import confusion, recalls
 from foveal.report.gather import even_gaze, of_comparison, of_run
-from foveal.report.sections import confusion, recalls
 from foveal.report.tiles import groups, spread
 from foveal.train.comparing import Comparison
 from foveal.train.run import Run

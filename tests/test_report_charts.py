@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from foveal.report import chart
+from foveal.report import axes, chart
 from foveal.report.words import BG_GAP, accuracy_of, between, evidence, judgement, verdict
 from foveal.stats import Interval
 
@@ -29,12 +29,12 @@ UNKNOWN = interval(0.3, math.nan, math.nan, "not available: one seed")
     ],
 )
 def test_numbers_as_one_reads_them(value, digits, sign, text):
-    assert chart.number(value, digits, sign=sign) == text
+    assert axes.number(value, digits, sign=sign) == text
 
 
 @pytest.mark.parametrize("values", [[0.2, 0.9], [-13.2, 41.0], [5.0], [1e-4, 3e-4], [0.0, 0.0], [99.0, 100.0]])
 def test_a_scale_holds_its_values_with_round_ticks(values):
-    scale = chart.scale(values, 4)
+    scale = axes.scale(values, 4)
     assert all(0 <= scale.at(value) <= 1 for value in values)
     assert scale.at(scale.low) == 0
     assert scale.at(scale.high) == 1
@@ -44,14 +44,14 @@ def test_a_scale_holds_its_values_with_round_ticks(values):
 
 
 def test_a_scale_stays_within_what_makes_sense():
-    scale = chart.scale([97.0, 99.5], 4, within=(0, 100))
+    scale = axes.scale([97.0, 99.5], 4, within=(0, 100))
     assert scale.high == 100
     assert max(scale.ticks) <= 100
-    assert chart.scale([0.5, 100.0], 4, within=(0, 100)).ticks[0] == 0
+    assert axes.scale([0.5, 100.0], 4, within=(0, 100)).ticks[0] == 0
 
 
 def test_a_dot_and_its_whisker_are_where_the_numbers_say():
-    axis = chart.Scale(-10, 30, (-10, 0, 10, 20, 30))
+    axis = axes.Scale(-10, 30, (-10, 0, 10, 20, 30))
     drawn = str(chart.strip([chart.Span(10, 0, 20, outer=(-10, 30))], axis, label="it", zero=True))
     assert 'cx="50.00%"' in drawn
     assert 'class="whisker inner arm" x1="25.00%" x2="75.00%"' in drawn

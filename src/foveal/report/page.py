@@ -14,7 +14,7 @@ from markupsafe import Markup
 import foveal
 from foveal.data import Data, Images
 from foveal.explain import save
-from foveal.report import sections, tiles
+from foveal.report import classes, sections, tables, tiles
 from foveal.report.gather import Arm, Subject, even_gaze, of_comparison, of_run, test_images
 from foveal.report.words import (
     BG_GAP,
@@ -58,7 +58,7 @@ def render(subject: Subject, data: Data | None = None) -> str:
     missing = [] if isinstance(found, Data) else [found]
     tests = found.tests if isinstance(found, Data) else {}
     even = {name: even_gaze(images) for name, images in tests.items()}
-    differ, shared = sections.setting_rows(subject.arms)
+    differ, shared = tables.setting_rows(subject.arms)
     context = _headline(subject) | {
         "subject": subject,
         "run": subject.first,
@@ -69,10 +69,10 @@ def render(subject: Subject, data: Data | None = None) -> str:
         "pictures": _pictures(subject, tests, missing),
         "looks": _looks(subject),
         "curves": sections.curves(subject),
-        "classes": sections.by_class(subject),
-        "confusion": None if subject.others else sections.confusion(subject.first, subject.main_test),
+        "classes": classes.by_class(subject),
+        "confusion": None if subject.others else classes.confusion(subject.first, subject.main_test),
         "lessons": _lessons(subject),
-        "table": sections.table(subject),
+        "table": tables.numbers(subject),
         "table_note": _table_note(subject),
         "arms_told": _arms_told(subject),
         "differ": differ,
@@ -157,7 +157,7 @@ def _lessons(subject: Subject) -> list[tuple[Arm, str, list[tiles.Sample]]]:
         seen.add(settings.mix)
         told = "Training images as the model got them, cropped at random and not mixed."
         if settings.mix != "none":
-            told = f"{settings.mix}: {MIXERS.get(settings.mix, 'images and labels are mixed')}."
+            told = f"Mixed by {settings.mix}, {MIXERS.get(settings.mix, 'which mixes images and labels')}."
         if drawn := tiles.samples(arm.runs[0]):
             found.append(
                 (
@@ -170,18 +170,25 @@ def _lessons(subject: Subject) -> list[tuple[Arm, str, list[tiles.Sample]]]:
 
 
 def _arms_told(subject: Subject) -> list[str]:
-    """One sentence per arm on what is special about it."""
-    told = []
+    """What the arms have in common, then one sentence per arm on what is its own."""
+    run = subject.first
+    start, count = run.card.get("init", "its initial weights"), run.results.get("images", 0)
+    who = "Every run" if len(subject.arms) > 1 or len(subject.base.runs) > 1 else "It"
+    told = [f"{who} starts from {start} and sees {count:,} training images, {run.settings.epochs} times."]
     for arm in subject.arms:
-        settings, parts = arm.runs[0].settings, []
-        if settings.guide != "none":
-            what = GUIDES.get(settings.guide, "a guidance loss beside the task loss")
-            parts.append(f"with {settings.guide} (weight {settings.guide_weight:g}), {what}")
+        settings, sources, how = arm.runs[0].settings, ["the class labels"], []
         if settings.mix != "none":
-            parts.append(f"with {settings.mix}: {MIXERS.get(settings.mix, 'images and labels are mixed')}")
-        if subject.others or parts:
-            how = "; ".join(parts) if parts else "on the class labels alone"
-            told.append(f"{arm.name} is trained {how}.")
+            sources[0] = "mixed images and labels"
+            how.append(f"{settings.mix}, {MIXERS.get(settings.mix, 'which mixes images and labels')}")
+        if settings.guide != "none":
+            sources.append("guidance")
+            what = GUIDES.get(settings.guide, "a loss beside that of the task")
+            how.append(f"{settings.guide} with weight {settings.guide_weight:g}, {what}")
+        if how:
+            name = arm.name if subject.others else "It"
+            told.append(f"{name} learns from {' and '.join(sources)}: {'; '.join(how)}.")
+        elif subject.others:
+            told.append(f"{arm.name} learns from the class labels alone.")
     return told
 
 

@@ -1,25 +1,23 @@
-"""The parts of a page: numbers to charts and tables. Each gives what its template shows, or nothing to show."""
+"""The charts of a page: numbers of a run or a comparison in, what the template shows out, or nothing to show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from foveal.report import chart
-from foveal.report.chart import number
+from foveal.report.axes import number, scale
 from foveal.report.gather import Arm, Subject
 from foveal.report.words import Measure, between, is_clear, judgement, level, points
 from foveal.stats import Interval
 from foveal.train.run import Run
 
 BINS = 25
-MOST_CLASSES = 12  # in a chart or a confusion matrix
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def forest(subject: Subject) -> Forest | None:
         ends += [100 * v for v in (inner.mean, inner.low, inner.high) if math.isfinite(v)]
         if outer and outer.available:  # with few seeds it may be huge: it may leave the axis, the dot may not
             ends += [100 * min(max(v, inner.mean - 0.25), inner.mean + 0.25) for v in (outer.low, outer.high)]
-    axis = chart.scale(ends, 6)
+    axis = scale(ends, 6)
     many = len(subject.others) > 1
     rows: dict[str, list[Row]] = {}
     for measure, arm, inner, outer in cells:
@@ -195,152 +193,6 @@ def gazes(subject: Subject, even: Mapping[str, float | None]) -> list[tuple[str,
             )
             found.append((test, Panel("; ".join(said), arms, drawn)))
     return found
-
-
-@dataclass(frozen=True)
-class ByClass:
-    """Accuracy class by class: a dot plot of one or two arms, a table of more.
-
-    rows: class, number of images, chart, what it says.  table: class, number of images, percent of each arm.
-    hidden: how many classes are not among the `shown`.
-    """
-
-    rows: tuple[tuple[str, int, Markup, str], ...]
-    axis: Markup
-    table: tuple[tuple[str, int, tuple[str, ...]], ...]
-    shown: int
-    hidden: int
-
-
-def by_class(subject: Subject) -> ByClass:
-    """Accuracy of each class on the main test set, mean over seeds; of many classes those that differ most."""
-    arms, names = subject.arms, subject.first.classes
-    shares = [np.nanmean([recalls(run, subject.main_test) for run in arm.runs], 0) for arm in arms]
-    counts = np.bincount(subject.first.predictions(subject.main_test).labels, minlength=len(names))
-    present = [c for c in range(len(counts)) if counts[c]]
-    weight = -np.ptp(shares, 0) if len(arms) > 1 else shares[0]
-    chosen = sorted(sorted(present, key=lambda c: (weight[c], c))[:MOST_CLASSES])
-    axis = chart.Scale(0, 100, (0, 25, 50, 75, 100))
-    rows, table = [], []
-    for c in chosen:
-        values = [100 * float(share[c]) for share in shares]
-        spans = [chart.Span(v, v, v, arm.kind) for v, arm in zip(values, arms, strict=True)]
-        said = " → ".join(number(v, 0) for v in values) + " %"
-        drawn = chart.dumbbell(spans, axis, label=f"{names[c]}: {said}")
-        rows.append((names[c], int(counts[c]), drawn, said))
-        table.append((names[c], int(counts[c]), tuple(number(v, 0) for v in values)))
-    return ByClass(
-        tuple(rows) if len(arms) <= 2 else (),
-        chart.axis_strip(axis, " %"),
-        tuple(table) if len(arms) > 2 else (),
-        len(chosen),
-        len(present) - len(chosen),
-    )
-
-
-def recalls(run: Run, test: str) -> NDArray[np.float64]:
-    """(C,) share of each class's test images that were right, NaN for a class without images."""
-    predictions = run.predictions(test)
-    labels = predictions.labels.numpy()
-    total = np.bincount(labels, minlength=len(run.classes)).astype(np.float64)
-    right = np.bincount(labels[predictions.correct.numpy()], minlength=len(run.classes))
-    return np.divide(right, total, out=np.full_like(total, np.nan), where=total > 0)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One field of the confusion matrix.  share: of its row, in percent."""
-
-    count: int
-    share: float
-    right: bool
-
-
-def confusion(run: Run, test: str) -> list[tuple[str, tuple[Cell, ...]]] | None:
-    """Rows of true classes, columns of predicted ones; None for more classes than can be read."""
-    classes = run.classes
-    if len(classes) > MOST_CLASSES:
-        return None
-    predictions = run.predictions(test)
-    pairs = predictions.labels.numpy() * len(classes) + predictions.logits.argmax(1).numpy()
-    counts = np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), len(classes))
-    return [
-        (name, tuple(Cell(int(n), 100 * n / max(1, row.sum()), i == j) for j, n in enumerate(row)))
-        for i, (name, row) in enumerate(zip(classes, counts, strict=True))
-    ]
-
-
-@dataclass(frozen=True)
-class Number:
-    """One field of the table of all numbers."""
-
-    value: str
-    interval: str = ""
-    seeds: str = ""
-
-
-def table(subject: Subject) -> list[tuple[str, list[Number]]]:
-    """Every measure of every arm, then the differences, with both intervals and the single seeds."""
-    rows = []
-    for measure in subject.measures:
-        held = subject.numbers[measure.key]
-        cells = [_number(found.over_images, found.over_seeds, found.values) for found in held.values()]
-        for arm in subject.others:
-            if (found := held[arm.name]).difference:
-                cells.append(_number(found.difference, found.difference_over_seeds, (), sign=True))
-        rows.append((measure.name, cells))
-    return rows
-
-
-def _number(images: Interval, seeds: Interval | None, values: Sequence[float], *, sign: bool = False) -> Number:
-    below = []
-    if seeds is not None and seeds.available:
-        below.append(between(seeds, sign=sign))
-    if len(values) > 1:
-        below.append(" ".join(number(100 * value) for value in values))
-    return Number(
-        number(100 * images.mean, sign=sign),
-        between(images, sign=sign) if images.available else "",
-        " · ".join(below),
-    )
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """The settings as plain values, without the place and the name of the run."""
-    return {
-        field.name: getattr(run.settings, field.name)
-        for field in fields(run.settings)
-        if field.name not in ("out", "name")
-    }
-
-
-def setting_rows(arms: Sequence[Arm]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
-    """(those that differ between arms with the value of each, those that all share)."""
-    held = [settings_of(arm.runs[0]) for arm in arms]
-    differ: list[tuple[str, list[str]]] = []
-    shared: list[tuple[str, str]] = []
-    for name, value in held[0].items():
-        values = [each[name] for each in held]
-        if name == "seed":
-            seeds = sorted({run.settings.seed for arm in arms for run in arm.runs})
-            shared.append((name, ", ".join(map(str, seeds))))
-        elif any(other != value for other in values):
-            differ.append((name, [_plain(each) for each in values]))
-        else:
-            shared.append((name, _plain(value)))
-    return differ, shared
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "—"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_plain(each)}" for key, each in value.items()) or "—"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(each) for each in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _panels(subject: Subject) -> list[tuple[Arm, ...]]:

@@ -21,7 +21,7 @@ from foveal.data import Images
 from foveal.evaluate.predict import Predictions
 from foveal.explain import frames, overlay, resize
 from foveal.explain.overlay import Pixels
-from foveal.report.chart import number
+from foveal.report.axes import number
 from foveal.report.gather import Arm
 from foveal.train.run import Run
 

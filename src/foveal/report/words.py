@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from foveal.report.chart import number
+from foveal.report.axes import number
 from foveal.stats import Interval
 
 TESTS = {
@@ -30,15 +30,15 @@ WHERE = {  # after "points better"
 }
 
 GUIDES = {
-    "gta": "guided transfer of attention: while the model is tuned, a second loss holds the attention of its class "
-    "token close to that of the encoder it started from",
+    "gta": "a second loss that holds the attention of the class token close to where the initial weights look "
+    "(guided transfer of attention)",
 }
 
 MIXERS = {
-    "mixup": "two images are blended into one, and their labels with the same weights",
-    "cutmix": "a box of one image is pasted into another; labels are weighed by area",
-    "mixup+cutmix": "each batch is either blended (Mixup) or pasted (CutMix)",
-    "transmix": "a box of one image is pasted into another; labels are weighed by how much attention each part gets",
+    "mixup": "which blends two images into one and their labels with the same weights",
+    "cutmix": "which pastes a box of one image into another and weighs the labels by area",
+    "mixup+cutmix": "which blends (Mixup) or pastes (CutMix) two images, batch by batch",
+    "transmix": "which pastes a box of one image into another and weighs the labels by the attention on each part",
 }
 
 
