@@ -24,7 +24,7 @@ from foveal.data.batches import Batch, Batches
 from foveal.data.order import step_sizes
 from foveal.mix import MIXERS
 from foveal.train import outcome
-from foveal.train.errors import Interrupted, SettingsError
+from foveal.train.errors import Interrupted, RunError, SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
 from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
@@ -51,6 +51,10 @@ def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progr
         return _fit(settings, resume, overwrite, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {again}") from None
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the device has no memory left: lower batch_size (now {settings.batch_size}) and raise accumulate"
+        ) from error
 
 
 def load_data(settings: Settings) -> Data:
