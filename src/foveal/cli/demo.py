@@ -57,8 +57,6 @@ def run(values: argparse.Namespace) -> int:
     console.print("Tuning a tiny encoder on few images with misleading backgrounds: plain, and guided by its own")
     console.print(f"attention before tuning. {2 * values.seeds} short runs on the CPU, nothing is downloaded.")
     jobs = values.jobs or min(_cores(), 2 * values.seeds)
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 6
-    )
     ways = arms()
     total = sum(settings.epochs for settings in ways.values()) * values.seeds
     with Watch(console, total) as watch:
