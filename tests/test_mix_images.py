@@ -73,6 +73,7 @@ def test_a_single_image_and_the_middle_of_an_odd_batch_stay(kind, mode):
         for draw in draws(mixer, B):
             mixed = mixer.apply(images, draw)
             assert torch.equal(mixed.images[alone], images[alone])
+            assert mixed.keep[alone].min() == mixed.factors[0].own[alone] == 1.0
             assert torch.equal(mixed.targets(torch.arange(B), B)[alone], torch.eye(B)[alone])
 
 

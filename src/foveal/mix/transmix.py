@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from foveal.attention import Seen, UnsupportedModelError, read
+from foveal.attention import Seen, UnsupportedModelError, attach, read
 from foveal.mix.mixed import LabelWeights, Mixed
 from foveal.mix.mixer import Relabel
 from foveal.mix.mixup_cutmix import BlendBoxDraw, MixupCutMix
@@ -88,11 +88,11 @@ class TransMix(MixupCutMix):
     @contextmanager
     def relabelling(self, model: nn.Module, draw: BlendBoxDraw) -> Iterator[Relabel | None]:
         """Read the forward inside the block, unless the draw pastes nothing."""
-        reader = self._reader(model)  # also where nothing is pasted: a model that does not fit fails at the first step
         if not bool(draw.box.any()):  # asks the draw, which is on the CPU
+            self._reader(model)  # a model that does not fit fails at the first step, whatever is drawn
             yield None
             return
-        with reader as seen:
+        with attach(model), self._reader(model) as seen:  # attached first, so the model is examined once
             yield lambda mixed: relabelled(mixed, self._attention(seen), _grid(seen))
 
     def _reader(self, model: nn.Module) -> Seen:
