@@ -419,6 +419,29 @@ def test_inside_an_attached_door():
     assert hooks(model) == 0
 
 
+def test_a_compiled_model_compiles_once_for_each_kind_of_step():
+    """Hooks attached before: steps that read and steps that do not take one graph each, however they alternate."""
+    model, twin, (images, labels) = vit(), vit(), batch(4)
+    mixer, graphs, kinds = TransMix(mixup_alpha=0.8), [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with foveal.attach(model):
+        compiled = torch.compile(model, backend=backend)
+        for seed in range(6):
+            owns = []
+            for one in (compiled, twin):
+                with mixer.on(one, images, labels, rng=rng(seed)) as step:
+                    step.loss(one(step.images))
+                owns.append(step.mixed.factors[0].own)
+            assert torch.allclose(*owns, atol=1e-5)
+            kinds.add(bool((step.mixed.keep == 0).any()))
+    assert kinds == {True, False}
+    assert len(graphs) == 2
+
+
 def test_a_guide_may_read_the_same_forward():
     model, (images, labels) = vit(), batch()
     expected, _ = run(model, images, labels)
