@@ -172,9 +172,9 @@ def _lessons(subject: Subject) -> list[tuple[Arm, str, list[tiles.Sample]]]:
 def _arms_told(subject: Subject) -> list[str]:
     """What the arms have in common, then one sentence per arm on what is its own."""
     run = subject.first
-    start, count = run.card.get("init", "its initial weights"), run.results.get("images", 0)
+    count = run.results.get("images", 0)
     who = "Every run" if len(subject.arms) > 1 or len(subject.base.runs) > 1 else "It"
-    told = [f"{who} starts from {start} and sees {count:,} training images, {run.settings.epochs} times."]
+    told = [f"{who} starts from {_start(run)} and sees {count:,} training images, {run.settings.epochs} times."]
     for arm in subject.arms:
         settings, sources, how = arm.runs[0].settings, ["the class labels"], []
         if settings.mix != "none":
@@ -192,6 +192,13 @@ def _arms_told(subject: Subject) -> list[str]:
     return told
 
 
+def _start(run: Run) -> str:
+    """Where the weights began, in words; the whole of it is among the versions."""
+    init = run.settings.init
+    words = {"none": "random weights", "demo": "the encoder that comes with foveal", "pretrained": "pretrained weights"}
+    return words.get(init, f"the weights {Path(init).name}")
+
+
 def _table_note(subject: Subject) -> str:
     arm = subject.numbers[f"accuracy/{subject.main_test}"][subject.arms[-1].name]
     gap = "; BG-Gap in points" if BG_GAP.key in subject.numbers else ""
@@ -206,6 +213,7 @@ def _machine(run: Run) -> list[tuple[str, str]]:
     held = run.results
     rows = [(name, str(value)) for name, value in run.card.get("versions", {}).items()]
     rows += [(name, str(held[name])) for name in ("device", "precision") if name in held]
+    rows.append(("initial weights", str(run.card.get("init", run.settings.init))))
     if "parameters" in held:
         rows.append(("parameters", f"{held['parameters']:,}"))
     if "seconds" in held:

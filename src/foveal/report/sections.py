@@ -112,7 +112,7 @@ def forest(subject: Subject) -> Forest | None:
         row = Row(
             name=arm.name if many else measure.name,
             note="" if many else note,
-            chart=chart.strip([span], axis, label=label, zero=True, height=40),
+            chart=chart.strip([span], axis, label=label, zero=True, height=46),
             value=f"{points(inner.mean)} {between(inner, sign=True)}",
             says=says,
         )
