@@ -45,10 +45,10 @@ def test_commands_are_understood(command):
     elif words[0] == "bash":
         assert subprocess.run(["bash", "-n", ROOT / words[1]], check=False).returncode == 0
     else:
-        from foveal.cli import parse
+        from foveal.cli import _parser
 
         assert words[0] == "foveal"
-        parse(words[1:])
+        _parser().parse_args(words[1:])
 
 
 def test_links_lead_somewhere():
