@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from foveal.train.errors import DivergedError, Interrupted, RunError, SettingsError
-from foveal.train.run import Run
 from foveal.train.settings import Settings
 
 if TYPE_CHECKING:
     from foveal.train.comparing import Comparison, compare
     from foveal.train.fitting import fit
+    from foveal.train.run import Run
 
 __all__ = [
     "Comparison",
@@ -26,7 +26,12 @@ __all__ = [
     "fit",
 ]
 
-_LATER = {"fit": "fitting", "compare": "comparing", "Comparison": "comparing"}  # these import Lightning: seconds
+_LATER = {  # these import torch, and some Lightning: seconds
+    "fit": "fitting",
+    "compare": "comparing",
+    "Comparison": "comparing",
+    "Run": "run",
+}
 
 
 def __getattr__(name: str) -> Any:
