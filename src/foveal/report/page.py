@@ -174,7 +174,9 @@ def _arms_told(subject: Subject) -> list[str]:
     run = subject.first
     count = run.results.get("images", 0)
     who = "Every run" if len(subject.arms) > 1 or len(subject.base.runs) > 1 else "It"
-    told = [f"{who} starts from {_start(run)} and sees {count:,} training images, {run.settings.epochs} times."]
+    told: list[str] = [
+        f"{who} starts from {_start(run)} and sees {count:,} training images for {run.settings.epochs} epochs."
+    ]
     for arm in subject.arms:
         settings, sources, how = arm.runs[0].settings, ["the class labels"], []
         if settings.mix != "none":
@@ -185,11 +187,14 @@ def _arms_told(subject: Subject) -> list[str]:
             what = GUIDES.get(settings.guide, "a loss beside that of the task")
             how.append(f"{settings.guide} with weight {settings.guide_weight:g}, {what}")
         if how:
-            name = arm.name if subject.others else "It"
-            told.append(f"{name} learns from {' and '.join(sources)}: {'; '.join(how)}.")
+            told.append(_named(arm, subject) + f" learns from {' and '.join(sources)}: {'; '.join(how)}.")
         elif subject.others:
-            told.append(f"{arm.name} learns from the class labels alone.")
+            told.append(_named(arm, subject) + " learns from the class labels alone.")
     return told
+
+
+def _named(arm: Arm, subject: Subject) -> Markup:
+    return Markup("<strong>{}</strong>").format(arm.name) if subject.others else Markup("It")
 
 
 def _start(run: Run) -> str:
