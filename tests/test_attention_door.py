@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -264,6 +266,26 @@ def test_copies_never_write_into_the_original(clone):
     assert torch.equal(own.class_logits(), seen.class_logits())
 
 
+def test_a_model_saved_while_attached_loads_without_foveal(tmp_path):
+    model = vit()
+    with foveal.attach(model):
+        torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "sys.modules['foveal'] = None\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(*model(torch.ones(1, 3, 32, 32)).shape)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.split() == ["1", "5"], ran.stderr
+    loaded, images = torch.load(tmp_path / "model.pt", weights_only=False), batch()
+    with torch.no_grad(), foveal.read(loaded) as seen, foveal.read(model) as original:
+        assert torch.equal(loaded(images), model(images))
+    assert torch.equal(seen.class_logits(), original.class_logits())
+
+
 class Stop(torch.nn.Module):
     def __init__(self, error):
         super().__init__()
@@ -289,6 +311,65 @@ def test_an_interrupt_inside_attention_leaves_nothing(error, attached):
     assert len(seen.class_logits()) == 3
     if door is not None:
         door.remove()
+    assert hooks(model) == 0
+
+
+def test_interrupts_caught_inside_the_block_leave_nothing():
+    model, images = vit(), batch()
+    proj = model.blocks[1].attn.proj
+    with torch.no_grad(), foveal.read(model) as seen:
+        model.blocks[1].attn.proj = Stop(KeyboardInterrupt())
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                model(images)
+        model.blocks[1].attn.proj = proj
+        model(images)
+    assert _get_current_function_mode_stack() == []
+    assert seen.class_logits().shape == (3, 2, 16)
+
+
+@pytest.mark.parametrize("step", range(1, 40, 3))
+@pytest.mark.parametrize("method", ["register_forward_hook", "register_forward_pre_hook"])
+def test_an_interrupt_while_hooks_are_installed_leaves_none(monkeypatch, step, method):
+    model, images, count = vit(), batch(), 0
+    register = getattr(torch.nn.Module, method)
+
+    def interrupted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise KeyboardInterrupt
+        return register(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, method, interrupted)
+        try:
+            foveal.attach(model).remove()
+        except KeyboardInterrupt:
+            assert count == step
+    assert hooks(model) == 0
+    with torch.no_grad(), foveal.read(model, layers="all") as seen:
+        model(images)
+    assert len(seen.class_logits()) == 3
+
+
+@pytest.mark.parametrize("step", range(1, 21, 3))
+def test_an_interrupt_while_hooks_are_removed_leaves_none(monkeypatch, step):
+    from torch.utils.hooks import RemovableHandle
+
+    model, count, remove = vit(), 0, RemovableHandle.remove
+
+    def interrupted(handle):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise KeyboardInterrupt
+        remove(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemovableHandle, "remove", interrupted)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad(), foveal.read(model):
+            model(batch())
     assert hooks(model) == 0
 
 
@@ -353,6 +434,50 @@ def test_a_part_of_the_forward_is_not_called_whole():
         model.blocks[0](x)
     with pytest.raises(foveal.ReadError, match=r"did not run blocks\.1"):
         seen.class_logits()
+
+
+class Twice(torch.nn.Module):
+    """Two crops through one encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = vit()
+
+    def forward(self, first, second):
+        return self.encoder(first) + self.encoder(second)
+
+
+def test_several_runs_within_one_forward_are_not_overwritten():
+    model, images = Twice(), batch()
+    with torch.no_grad(), foveal.read(model) as outside, foveal.read(model.encoder) as inside:
+        model(images, images[:1])
+    with pytest.raises(foveal.ReadError, match=r"blocks\.2 ran several times within one forward"):
+        outside.class_logits()
+    assert [look.class_logits().shape[0] for look in inside.calls] == [3, 1]
+    shared = vit()
+    shared.blocks[1] = shared.blocks[0]
+    with torch.no_grad(), foveal.read(shared, layers=[0, -1]) as seen:
+        shared(images)
+    with pytest.raises(foveal.ReadError, match=r"blocks\.0 ran several times"):
+        seen.class_logits()
+
+
+def test_a_model_that_calls_itself_has_two_whole_forwards():
+    model, images = vit(), batch()
+    with torch.no_grad(), foveal.read(model, layers="all") as plain:
+        model(images)
+
+    def call_again(module, args, output):
+        handle.remove()
+        model(images + 1)
+
+    handle = model.blocks[1].register_forward_hook(call_again)
+    with torch.no_grad(), foveal.read(model, layers="all") as seen:
+        model(images)
+    outer, inner = seen.calls
+    for a, b in zip(outer.class_logits(), plain.class_logits(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(inner.class_logits()[2], plain.class_logits()[2])
 
 
 def test_paused_forwards_are_not_seen():

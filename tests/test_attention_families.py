@@ -1,5 +1,7 @@
 """Every family against the same model computed unfused, its logits written down by a plain twin of the fused kernel."""
 
+import inspect
+
 import pytest
 import timm
 import torch
@@ -313,6 +315,34 @@ def test_torchvision_vit(grad):
     assert seen.grid == [(4, 4), (4, 4)]
 
 
+def test_torchvision_rows_are_not_computed_from_later_weights():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=3).train()
+    with foveal.read(model, what=["class_logits", "received"]) as seen:
+        model(images_of((32, 32), torch.float32))
+    before = seen.class_logits()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert torch.equal(seen.class_logits(), before)  # asked in time
+    with pytest.raises(foveal.ReadError, match=r"read before optimizer\.step"):
+        seen.received()
+
+
+def test_grouped_queries_have_a_key_per_head():
+    settings = {"embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "qkv_fused": False, "use_rot_pos_emb": True}
+    if "num_kv_heads" not in inspect.signature(timm.models.Eva).parameters:
+        pytest.skip("this timm has no grouped queries")
+    torch.manual_seed(0)
+    model = timm.models.Eva(img_size=32, patch_size=8, depth=1, attn_type="rope", **settings).double().eval()
+    with torch.no_grad(), foveal.read(model, what=["queries", "keys", "values", "class_logits"]) as seen:
+        model(images_of((32, 32)))
+    q, k = seen.queries(prefix=True), seen.keys(prefix=True)
+    assert q.shape == k.shape == seen.values(prefix=True).shape == (3, 4, 17, 8)
+    unrotated = q[:, :, 0] * k[:, :, 0]  # the class token is not rotated
+    assert torch.allclose(unrotated.sum(-1) * 8**-0.5, seen.class_logits(prefix=True)[..., 0])
+
+
 def naflex_batch(P=16, dtype=torch.float64):
     """Two images with their own grids, 2 x 5 and 3 x 2, padded to 10 patches."""
     grids, N = [(2, 5), (3, 2)], 10
@@ -341,6 +371,21 @@ def test_naflex_padding_is_left_out():
     pictures = seen.to_grid(seen.received())
     assert [tuple(p.shape) for p in pictures] == grids
     assert torch.equal(pictures[0].flatten(), seen.received().mean(1)[0])
+
+
+def test_naflex_padding_is_lost_by_patch_dropout():
+    model = build("naflexvit_base_patch16_gap", **NARROW, patch_drop_rate=0.5).train()
+    with foveal.read(model, what="received") as seen:
+        model(naflex_batch()[0])
+    with pytest.raises(foveal.ReadError, match="patch dropout"):
+        seen.received()
+
+
+def test_a_masked_hiera_is_not_read():
+    model = build("hiera_tiny_224", num_classes=5, img_size=64, embed_dim=16, num_heads=1, abs_win_pos_embed=False)
+    mask = torch.arange(4).expand(2, 4) < 2  # mask units of 32 pixels
+    with torch.no_grad(), pytest.raises(foveal.ReadError, match="masked"), foveal.read(model, what="received"):
+        model.forward_features(images_of((64, 64), B=2), mask=mask)
 
 
 OTHERS = ["maxvit_tiny_tf_224", "xcit_nano_12_p16_224", "resnet18", "vit_dlittle_patch16_reg1_gap_256"]

@@ -62,6 +62,12 @@ def test_received_has_the_gradient_of_the_plain_form(mask_shape):
         assert torch.allclose(a, b, atol=1e-13)
 
 
+def test_received_can_be_differentiated_twice():
+    inputs = [torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    mask = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda q, k, m: rows.received(q, k, 0.3, m), (*inputs, mask))
+
+
 def test_padded_queries_do_not_count():
     q, k = qkv()
     valid = torch.ones(2, 11, dtype=torch.bool)

@@ -210,9 +210,25 @@ def test_models_that_do_not_match_are_refused(other):
         loss_of(GTA(vit(**other)), model, images)
 
 
+@pytest.mark.parametrize(("tuned", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
+def test_the_source_may_have_another_type(tuned, kept):
+    guide = GTA(vit(0, kept))
+    assert loss_of(guide, vit(0, tuned), batch(dtype=tuned)) < 1e-3
+    assert next(guide.source.parameters()).dtype == kept
+
+
+def test_a_source_that_was_attached_and_compiled():
+    model, images = vit(), batch()
+    with foveal.attach(model):
+        guide = GTA(torch.compile(model, backend="eager"))
+    assert loss_of(guide, model, images) == 0.0
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="weight=-1"):
         GTA(vit(), weight=-1)
+    with pytest.raises(ValueError, match="weight=nan"):
+        GTA(vit(), weight=float("nan"))
     with pytest.raises(ValueError, match="no class token"):
         GTA(vit(class_token=False, global_pool="avg"))
     with pytest.raises(foveal.UnsupportedModelError):

@@ -24,16 +24,30 @@ class MhaInput:
 
     def __init__(self, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.attention, self.args, self.kwargs = attention, args, kwargs
+        self.versions = self._versions()
 
     @property
     def requires_grad(self) -> bool:
         query = self.args[0] if self.args else self.kwargs["query"]
         return bool(query.requires_grad or self.attention.in_proj_weight.requires_grad)
 
+    def _versions(self) -> list[int]:
+        parameters = (self.attention.in_proj_weight, self.attention.in_proj_bias)
+        compiling = torch.compiler.is_compiling()  # tensors made in inference mode have no version
+        return [p._version for p in parameters if p is not None and (compiling or not p.is_inference())]
+
+    def _refuse_changed(self) -> None:
+        if self._versions() != self.versions:
+            raise ReadError(
+                "the weights of an nn.MultiheadAttention changed since its forward: read before optimizer.step()"
+            )
+
     def caught(self) -> Caught:
+        self._refuse_changed()
         return caught_mha(self.attention, self.args, self.kwargs)
 
     def row(self, index: int) -> Tensor:
+        self._refuse_changed()
         return mha_row(self.attention, self.args, self.kwargs, index)
 
 
@@ -43,6 +57,7 @@ class Call:
     def __init__(self, explicit: bool, grad: bool) -> None:
         self.explicit = explicit  # opened by the model's own call, not by a part of it (forward_features)
         self.grad = grad
+        self.outer: Call | None = None  # the call during which this one was opened: a model that calls itself
         self.closed = False
         self.failed = False
         self.batch: int | None = None
@@ -51,6 +66,7 @@ class Call:
         self.coord: Tensor | None = None  # NaFlex: (B, N, 2) row and column of each patch
         self.valid: Tensor | None = None  # NaFlex: (B, N) bool, False for padding
         self.began: list[int] = []
+        self.repeated: list[int] = []
         self.raw: dict[int, Caught | MhaInput] = {}
         self.parts: dict[tuple[int, str], Tensor] = {}
         self.values: dict[tuple[int, str], Tensor] = {}
@@ -60,6 +76,11 @@ class Call:
 
         Raises ReadError if the forward did not show it.
         """
+        if index in self.repeated:
+            raise ReadError(
+                f"{layer.name} ran several times within one forward: read the vision transformer inside that is called "
+                "several times, so that each call counts; a block that is shared between depths cannot be read"
+            )
         key = (index, what)
         if key in self.parts and what in ("tokens", "attn_out", "block_out"):
             return self.parts[key]
@@ -95,7 +116,8 @@ class Call:
     def _projected(self, layer: Layer, index: int, what: str) -> Tensor:
         x = self.parts[(index, what)]
         if x.dim() == 4:
-            return x
+            heads = int(getattr(layer.attention, "num_heads", x.shape[1]))
+            return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x  # grouped queries
         attention = layer.attention  # transformers: a linear layer's output (B, T, H d)
         d = int(attention.head_dim)  # type: ignore[arg-type]
         return x.reshape(*x.shape[:-1], -1, d).transpose(1, 2)
@@ -180,6 +202,13 @@ class Call:
         B, Q, T = raw.sizes
         if layer.kind == "self" and Q != T:
             raise ReadError(f"{layer.name}: {Q} queries ask {T} keys; self-attention was expected")
+        if self.valid is not None and T not in (N := self.valid.shape[1], N + layer.layout.prefix):
+            raise ReadError(
+                f"{layer.name} has {T} tokens for {N} patches and their padding: patch dropout removed some, and which "
+                "of the others are padding is not known; set the patch dropout to 0"
+            )
+        if layer.grid is not None and layer.grid[0] * layer.grid[1] != T:
+            raise ReadError(f"{layer.name} has {T} tokens for a {layer.grid} grid: a masked forward is not read")
         if layer.kind != "window" and self.batch is not None and self.batch != B:
             raise ReadError(
                 f"{layer.name} attends within {B} groups although the batch has {self.batch} images: windows that pose "

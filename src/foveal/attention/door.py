@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from foveal.attention.anatomy import ROWS, Anatomy, dissect, grid_of
 from foveal.attention.call import Call, MhaInput
 from foveal.attention.capture import Catch
 from foveal.attention.errors import ReadError, UnsupportedModelError
+
+_HOLDERS = threading.Lock()  # installing and removing: two threads may read one model
 
 
 class _State:
@@ -50,7 +52,6 @@ class Door:
 
     def _install(self) -> None:
         add = self.handles.append
-        add(self.model.register_forward_pre_hook(_RootPre(self)))
         add(self.model.register_forward_hook(_RootPost(self), always_call=True))
         add(self.anatomy.stem.register_forward_hook(_Stem(self), with_kwargs=True))
         for i, layer in enumerate(self.anatomy.layers):
@@ -61,14 +62,25 @@ class Door:
             if layer.before_rotation is not None:
                 for module, what in zip(layer.before_rotation, ("queries", "keys"), strict=True):
                     add(module.register_forward_hook(_Projection(self, i, what)))
+        add(self.model.register_forward_pre_hook(_RootPre(self)))  # last: a door is found by it, so it is whole
+
+    def _uninstall(self) -> None:
+        try:
+            while self.handles:
+                self.handles[-1].remove()
+                self.handles.pop()
+        except BaseException:  # Ctrl-C came in between: finish, then let it through
+            while self.handles:
+                self.handles.pop().remove()
+            raise
 
     def remove(self) -> None:
         """Take this hold of the hooks back; the last one removes them."""
-        self.holders -= 1
-        if self.holders <= 0:
-            for handle in self.handles:
-                handle.remove()
-            self.handles.clear()
+        with _HOLDERS:
+            self.holders -= 1
+            if self.holders > 0:
+                return
+            self._uninstall()
             for state in [*self.states.values(), self.latest]:
                 state.calls, state.current = [], None
 
@@ -114,7 +126,9 @@ class Door:
     # -- what the hooks do
 
     def open(self, state: _State, *, explicit: bool) -> None:
+        outer = state.current
         state.current = Call(explicit=explicit, grad=torch.is_grad_enabled())
+        state.current.outer = outer if explicit else None
         state.calls.append(state.current)
 
     def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,6 +141,8 @@ class Door:
             call = state.current
         assert call is not None
         layer = self.anatomy.layers[index]
+        if index in call.began:
+            call.repeated.append(index)
         call.began.append(index)
         if (
             call.grad
@@ -137,7 +153,7 @@ class Door:
             raise ReadError(
                 f"{layer.name} runs without gradient inside a forward that has gradient: reentrant activation "
                 "checkpointing would cut the attention off from the loss. Use use_reentrant=False, or wrap the whole "
-                "forward in torch.no_grad() if no gradient is wanted"
+                "forward in torch.no_grad() if no gradient is wanted; a frozen part: .requires_grad_(False) or .eval()"
             )
         if not any(_is_caught(what, layer.before_rotation is not None) for what in state.needs[index]):
             return
@@ -165,7 +181,7 @@ class Door:
         if "attn_out" in needs:
             call.parts[(index, "attn_out")] = _first(output)
         raw = call.raw.get(index)
-        if raw is None:
+        if raw is None or index in call.repeated:
             return
         if not (torch.is_grad_enabled() and raw.requires_grad):
             # no graph to build: compute now and let q and k go
@@ -252,17 +268,19 @@ def _first(output: Any) -> Any:
 
 def unwind(mode: Catch) -> None:
     """Take `mode` off the function-mode stack if an interrupt left it there; other modes keep their order."""
-    if not any(m is mode for m in _get_current_function_mode_stack()):
-        return
-    above = []
-    while (top := _pop_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)
+    while any(m is mode for m in _get_current_function_mode_stack()):
+        above = []
+        while (top := _pop_mode()) is not mode:
+            above.append(top)
+        for other in reversed(above):
+            _push_mode(other)
 
 
 class _Hook:
-    """A hook of a door. A deep copy or a pickle of a hooked model gets one that does nothing."""
+    """A hook of a door. A deep copy or a pickle of a hooked model gets one that does nothing.
+
+    The pickle's comes from the standard library, so that a model saved while attached loads without foveal.
+    """
 
     def __init__(self, door: Door, index: int = -1, what: str = "") -> None:
         self.door, self.index, self.what = door, index, what
@@ -270,8 +288,8 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
         return _Inert()
 
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes anything, returns None
 
 
 class _Inert:
@@ -292,7 +310,7 @@ class _RootPost(_Hook):
         if state is not None and state.current is not None:
             state.current.failed = output is None
             state.current.closed = True
-            state.current = None
+            state.current = state.current.outer
 
 
 class _Stem(_Hook):
@@ -349,13 +367,18 @@ def attach(model: nn.Module) -> Door:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is read, not {type(model).__name__}")
     model = bare(model) if door_of(bare(model)) is not None else model
-    door = door_of(model)
-    if door is None:
-        refuse_compiled(model)
-        door = Door(model)
-        door._install()
-    door.holders += 1
-    return door
+    with _HOLDERS:
+        door = door_of(model)
+        if door is None:
+            refuse_compiled(model)
+            door = Door(model)
+            try:
+                door._install()
+            except BaseException:
+                door._uninstall()
+                raise
+        door.holders += 1
+        return door
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -81,7 +81,7 @@ def received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, val
     q: (B, H, Q, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, Q, T).  valid: (B, Q) bool, queries that
     count (None: all).  Returns (B, H, T), each row sums to 1. Differentiable: the backward recomputes the tiles.
     """
-    return _Received.apply(widen(q), widen(k), mask, _query_share(q, valid), scale)  # type: ignore[no-any-return]
+    return _Received.apply(widen(q), widen(k), as_4d(mask), _query_share(q, valid), scale)  # type: ignore[no-any-return]
 
 
 def _query_share(q: Tensor, valid: Tensor | None) -> Tensor:
@@ -134,7 +134,6 @@ class _Received(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, q: Tensor, k: Tensor, mask: Tensor | None, share: Tensor, scale: float
     ) -> Tensor:
-        mask = as_4d(mask)
         out = k.new_zeros(k.shape[:-1])
         for at in _tiles(q, k):
             b, h, i = at

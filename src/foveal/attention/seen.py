@@ -159,7 +159,8 @@ class Look:
     def _patches(self) -> int:
         if self._call.valid is not None:
             return int(self._call.valid.shape[1])
-        assert self._call.grid is not None
+        if self._call.grid is None:
+            raise ReadError("the patch embedding did not run in this forward, so prefix tokens are not known")
         return self._call.grid[0] * self._call.grid[1]
 
     def _columns(self, x: Tensor, i: int, prefix: bool) -> Tensor:
@@ -243,19 +244,33 @@ class Seen:
         if self._door is not None:
             raise ReadError("this read is open already: make another with foveal.read")
         self._door = attach(self._model)
-        self._state = self._door.admit(self, dict.fromkeys(self._chosen, self._what))
-        self._start = len(self._state.calls)
-        self._kept = []
+        try:
+            self._kept = []
+            self._state = self._door.admit(self, dict.fromkeys(self._chosen, self._what))
+            self._start = len(self._state.calls)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        assert self._door is not None
-        self._kept = self._calls()
-        self._door.dismiss(self, self._state)
-        self._door.remove()
-        self._door = self._state = None
+        try:
+            # a forward that is not over now was interrupted
+            self._kept = [call for call in self._calls() if call.closed or not call.explicit]
+        finally:
+            self._leave()
         if kind is None and not self._kept:
             raise ReadError(NOTHING)
+
+    def _leave(self) -> None:
+        door, state = self._door, self._state
+        assert door is not None
+        try:
+            if state is not None:
+                door.dismiss(self, state)
+        finally:
+            door.remove()
+            self._door = self._state = None
 
     def _calls(self) -> list[Call]:
         calls = self._state.calls[self._start :] if self._state is not None else self._kept

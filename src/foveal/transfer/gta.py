@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import foveal.attention as attention
+from foveal.attention.door import bare
 
 
 def gta_loss(target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
@@ -60,14 +61,14 @@ class GTA:
     name = "gta"
 
     def __init__(self, source: nn.Module, weight: float = 1.0, layers: str | int | Sequence[int | str] = "all") -> None:
-        if weight < 0:
+        if not 0 <= weight < float("inf"):
             raise ValueError(
                 f"weight={weight}: GTA's lambda is 0 (off) or positive; the paper tries 0.1, 1, 10 and 100"
             )
         self.weight = weight
         self.layers = [layers] if isinstance(layers, int) or (isinstance(layers, str) and layers != "all") else layers
         attention.read(source, self.layers, "class_logits")  # says now, not in the first step, if it cannot be read
-        self.source = copy.deepcopy(source).eval().requires_grad_(False)
+        self.source = copy.deepcopy(bare(source)).eval().requires_grad_(False)
 
     def on(self, model: nn.Module, images: Tensor) -> Guided:
         """Guide the forward of `model` on `images` inside the block; then ask `losses()`."""
@@ -87,8 +88,9 @@ class Guided:
             return self  # lambda 0: the source does not run
         # the source runs first: its activations are gone before the target's graph is built
         source = self._guide.source.to(self._images.device)
+        dtype = next(p.dtype for p in source.parameters() if p.is_floating_point())  # the target may train in another
         with torch.no_grad(), attention.read(source, self._guide.layers, "class_logits") as seen:
-            source(self._images)
+            source(self._images.to(dtype))
         self._rows = seen.class_logits()
         self._seen = attention.read(self._model, self._guide.layers, "class_logits").__enter__()
         return self
