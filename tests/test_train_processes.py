@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import child, tiny
 
 from foveal.train import Run, Settings
+from training import child, tiny
 
 
 def train(settings: Settings) -> None:

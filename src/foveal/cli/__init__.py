@@ -9,6 +9,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+# Before torch is loaded: OpenMP's threads sleep while they wait. Spinning, the default, is no faster in training and
+# makes a small model's step ten times as long as soon as another program wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from foveal.cli import demo, explain, predict, supported, train
 from foveal.cli.flags import Parser, UsageError
 

@@ -114,7 +114,8 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
             stack.enter_context(locked(folder))
             checkpoint = prepare(settings, resume=resume, overwrite=overwrite)
             outcome.write_split(folder, data)
-        wait_for_first(trainer)
+        with quiet_lightning():
+            wait_for_first(trainer)
         if not trainer.is_global_zero and record.last.is_file():
             checkpoint = record.last
         batches = _batches(settings, data, built, trainer)

@@ -41,7 +41,7 @@ class Settings:
 
     mix: str = _setting("none", "how images and labels are mixed: none, mixup, cutmix, mixup+cutmix, transmix")
     mix_args: dict[str, Any] = field(
-        default_factory=dict, metadata={"doc": "settings of the mixer, such as {alpha: 0.2, prob: 0.5, mode: elem}"}
+        default_factory=dict, metadata={"doc": "settings of the mixer, such as {prob: 0.5, mode: elem}"}
     )
     guide: str = _setting("none", "guidance towards the attention of the initial weights: none, gta")
     guide_weight: float = _setting(1.0, "weight of the guidance loss beside the task loss")
@@ -116,7 +116,7 @@ class Settings:
         words = ["foveal", "train", self.data]
         for name, value in self.as_dict().items():
             if name != "data" and value != _plain(defaults()[name]):
-                words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+                words += _flag(name.replace("_", "-"), value)
         return shlex.join(words)
 
     @classmethod
@@ -162,6 +162,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"{path} is not a recipe: expected lines like 'epochs: 30'")
     return values
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict) and all(isinstance(part, int | float) for part in value.values()):
+        return [f"--{name}", ",".join(f"{key}={part}" for key, part in value.items())]
+    parts = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(part if isinstance(part, str) else json.dumps(part) for part in parts)]
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foveal.chance import generator, reseed
 from foveal.data.batches import Batch
-from foveal.train.errors import DivergedError
+from foveal.train.errors import DivergedError, RunError
 from foveal.train.optimise import Average, parameter_groups, set_rates, shape
 from foveal.train.settings import Settings
 
@@ -181,11 +181,17 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         checkpoint["foveal"] = {
             "average": None if self.average is None else self.average.state(),
             "best": dict(self.best),
+            "parts": self.parts,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from on_save_checkpoint's state."""
         state = checkpoint["foveal"]
+        if state["parts"] != self.parts:
+            raise RunError(
+                f"the run was begun with {state['parts']} micro-batches per step (processes x accumulate) and cannot"
+                f" continue with {self.parts}"
+            )
         self.best = dict(state["best"])
         if self.average is not None:
             self.average.restore(state["average"])
