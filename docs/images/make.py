@@ -28,7 +28,7 @@ from foveal.train import Comparison
 
 TEST, COLUMNS, SIDE, GAP, DPI = "mixed_rand", 7, 144, 10, 110
 INK, QUIET, ACCENT = "#1b1b1f", "#5f6068", "#0b62c4"
-NAMES = {"plain": "plain\nfine-tuning", "gta": "guided\n(GTA)"}
+NAMES = {"plain": "plain\nfine-tuning", "guided": "guided\nattention", "gta": "guided\nattention"}
 
 
 def main(folder: Path, target: Path) -> None:

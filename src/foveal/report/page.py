@@ -200,6 +200,8 @@ def _named(arm: Arm, subject: Subject) -> Markup:
 def _start(run: Run) -> str:
     """Where the weights began, in words; the whole of it is among the versions."""
     init = run.settings.init
+    if run.settings.model == "demo" and init == "pretrained":
+        init = "demo"
     words = {"none": "random weights", "demo": "the encoder that comes with foveal", "pretrained": "pretrained weights"}
     return words.get(init, f"the weights {Path(init).name}")
 
