@@ -451,14 +451,27 @@ def test_several_runs_within_one_forward_are_not_overwritten():
     model, images = Twice(), batch()
     with torch.no_grad(), foveal.read(model) as outside, foveal.read(model.encoder) as inside:
         model(images, images[:1])
-    with pytest.raises(foveal.ReadError, match=r"blocks\.2 ran several times within one forward"):
+    with pytest.raises(foveal.ReadError, match=r"blocks\.2 attended several times within one forward"):
         outside.class_logits()
     assert [look.class_logits().shape[0] for look in inside.calls] == [3, 1]
     shared = vit()
     shared.blocks[1] = shared.blocks[0]
     with torch.no_grad(), foveal.read(shared, layers=[0, -1]) as seen:
         shared(images)
-    with pytest.raises(foveal.ReadError, match=r"blocks\.0 ran several times"):
+    with pytest.raises(foveal.ReadError, match=r"blocks\.0 attended several times"):
+        seen.class_logits()
+
+
+def test_an_attention_that_attends_twice_is_not_guessed():
+    class Two(timm.models.vision_transformer.Attention):
+        def forward(self, x, *args, **kwargs):
+            return super().forward(super().forward(x))
+
+    model = vit()
+    model.blocks[1].attn = Two(32, num_heads=2)
+    with torch.no_grad(), foveal.read(model, layers=[0, 1]) as seen:
+        model(batch())
+    with pytest.raises(foveal.ReadError, match=r"blocks\.1 attended several times"):
         seen.class_logits()
 
 

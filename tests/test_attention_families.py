@@ -329,6 +329,23 @@ def test_torchvision_rows_are_not_computed_from_later_weights():
         seen.received()
 
 
+def test_torchvision_rows_follow_hooks_that_come_later():
+    torch.manual_seed(0)
+    model, images = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=3).double().eval(), (32, 32)
+    attention = model.encoder.layers[0].self_attention
+
+    def double(module, args, kwargs):
+        return tuple(2 * x for x in args), kwargs
+
+    with torch.no_grad(), foveal.attach(model):
+        attention.register_forward_pre_hook(double, with_kwargs=True)
+        with foveal.read(model, layers=0) as attached_first:
+            model(images_of(images))
+    with torch.no_grad(), foveal.read(model, layers=0) as hooked_first:
+        model(images_of(images))
+    assert torch.equal(attached_first.class_logits(), hooked_first.class_logits())
+
+
 def test_grouped_queries_have_a_key_per_head():
     settings = {"embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "qkv_fused": False, "use_rot_pos_emb": True}
     if "num_kv_heads" not in inspect.signature(timm.models.Eva).parameters:

@@ -78,8 +78,9 @@ class Call:
         """
         if index in self.repeated:
             raise ReadError(
-                f"{layer.name} ran several times within one forward: read the vision transformer inside that is called "
-                "several times, so that each call counts; a block that is shared between depths cannot be read"
+                f"{layer.name} attended several times within one forward: read the vision transformer inside that is "
+                "called several times, so that each call counts; a block that is shared between depths or attends twice "
+                "cannot be read"
             )
         key = (index, what)
         if key in self.parts and what in ("tokens", "attn_out", "block_out"):

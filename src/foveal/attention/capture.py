@@ -87,6 +87,7 @@ class Catch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.caught: Caught | None = None
+        self.several = False
 
     def __torch_function__(
         self,
@@ -97,6 +98,7 @@ class Catch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
+            self.several = self.several or (self.caught is not None and self.caught.q is not None)
             self.caught = caught_sdpa(*args, **kwargs)
         elif func in SOFTMAX:
             logits = args[0] if args else kwargs["input"]

@@ -56,7 +56,7 @@ class Door:
         add(self.anatomy.stem.register_forward_hook(_Stem(self), with_kwargs=True))
         for i, layer in enumerate(self.anatomy.layers):
             add(layer.attention.register_forward_pre_hook(_AttentionPre(self, i), with_kwargs=True))
-            add(layer.attention.register_forward_hook(_AttentionPost(self, i), always_call=True))
+            add(layer.attention.register_forward_hook(_AttentionPost(self, i), with_kwargs=True, always_call=True))
             add(layer.block.register_forward_pre_hook(_BlockPre(self, i), with_kwargs=True))
             add(layer.block.register_forward_hook(_BlockPost(self, i)))
             if layer.before_rotation is not None:
@@ -131,7 +131,7 @@ class Door:
         state.current.outer = outer if explicit else None
         state.calls.append(state.current)
 
-    def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, index: int) -> None:
         state = self.reading()
         if state is None or index not in state.needs:
             return
@@ -157,14 +157,12 @@ class Door:
             )
         if not any(_is_caught(what, layer.before_rotation is not None) for what in state.needs[index]):
             return
-        if isinstance(layer.attention, nn.MultiheadAttention):
-            call.raw[index] = MhaInput(layer.attention, args, kwargs)
-        else:
-            state.catch.caught = None
+        if not isinstance(layer.attention, nn.MultiheadAttention):
+            state.catch.caught, state.catch.several = None, False
             state.catching = True
             state.catch.__enter__()  # type: ignore[no-untyped-call]
 
-    def leave(self, index: int, output: Any) -> None:
+    def leave(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         state = self.reading()
         if state is None or index not in state.needs or state.current is None:
             return
@@ -176,8 +174,12 @@ class Door:
             state.catch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if caught is not None:
                 call.raw[index] = caught
+            if state.catch.several:
+                call.repeated.append(index)
         if output is None:  # the module raised
             return
+        if isinstance(layer.attention, nn.MultiheadAttention) and any(_is_caught(what, False) for what in needs):
+            call.raw[index] = MhaInput(layer.attention, args, kwargs)  # now: other hooks may have changed its input
         if "attn_out" in needs:
             call.parts[(index, "attn_out")] = _first(output)
         raw = call.raw.get(index)
@@ -320,12 +322,12 @@ class _Stem(_Hook):
 
 class _AttentionPre(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.door.enter(self.index, args, kwargs)
+        self.door.enter(self.index)
 
 
 class _AttentionPost(_Hook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.door.leave(self.index, output)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.door.leave(self.index, args, kwargs, output)
 
 
 class _BlockPre(_Hook):
