@@ -44,7 +44,7 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     help_text, loaded = said.rsplit("\n", 2)[0], said.split("\n")[-2].split()
     assert all(command in help_text for command in COMMANDS)
-    assert not {"lightning", "sklearn", "matplotlib", "tensorboard"} & set(loaded)
+    assert not {"torch", "timm", "lightning", "sklearn", "matplotlib", "tensorboard"} & set(loaded)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

@@ -123,7 +123,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
 
-    (tmp_path / "w.pth").write_bytes(pickle.dumps({"state_dict": Trap()}))
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"state_dict": Trap()}, protocol=2))
     with pytest.raises(RunError, match="cannot read"):
         load_weights(vit(1), tmp_path / "w.pth")
     assert not (tmp_path / "sprung").exists()
@@ -151,11 +151,9 @@ def test_the_starting_weights_depend_on_the_seed_only():
 def test_models_that_cannot_be_had():
     with pytest.raises(SettingsError, match="did you mean 'vit_tiny_patch16_224'"):
         build(Settings(model="vit_tiny_patch16_22"), 3)
-    with pytest.raises(
-        SettingsError, match="unknown weights tag of vit_small_patch16_224 'dinoo': did you mean 'dino'"
-    ):
+    with pytest.raises(SettingsError, match="tag of vit_small_patch16_224 'dinoo': did you mean 'dino'"):
         build(Settings(model="vit_small_patch16_224.dinoo"), 3)
-    with pytest.raises(SettingsError, match="cannot be built with .*'dept'"):
+    with pytest.raises(SettingsError, match=r"cannot be built with .*'dept'"):
         build(Settings(model="vit_tiny_patch16_224", init="none", model_args={"dept": 2}), 3)
     with pytest.raises(RunError, match="no pretrained weights for vit_base_patch16_xp_224: give --init none"):
         build(Settings(model="vit_base_patch16_xp_224"), 3)
