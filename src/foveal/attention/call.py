@@ -79,7 +79,7 @@ class Call:
         if index in self.repeated:
             raise ReadError(
                 f"{layer.name} attended several times within one forward: read the vision transformer inside that is "
-                "called several times, so that each call counts; a block that is shared between depths or attends twice "
+                "called several times, so each call counts; a block that is shared between depths or attends twice "
                 "cannot be read"
             )
         key = (index, what)
