@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from plain import plain_attention
 from torch.nn import functional as F
 
 import foveal
+from plain import plain_attention
 
 TINY = {"depth": 2, "num_classes": 5}
 NARROW = {**TINY, "embed_dim": 64, "num_heads": 4}

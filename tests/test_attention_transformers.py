@@ -8,9 +8,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
-from plain import plain_attention  # noqa: E402
-
 import foveal  # noqa: E402
+from plain import plain_attention  # noqa: E402
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
