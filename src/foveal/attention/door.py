@@ -40,9 +40,9 @@ class _State:
 class Door:
     """Hooks on `model`. Made by `attach`; removed by leaving its block or by `remove()`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model = model
-        self.anatomy: Anatomy = dissect(model)
+        self.anatomy = anatomy
         self.states: dict[int, _State] = {}
         self.latest = _State()
         self.holders = 0
@@ -368,12 +368,15 @@ def attach(model: nn.Module) -> Door:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is read, not {type(model).__name__}")
-    model = bare(model) if door_of(bare(model)) is not None else model
+    return hold(bare(model) if door_of(bare(model)) is not None else model)
+
+
+def hold(model: nn.Module, anatomy: Anatomy | None = None) -> Door:
+    """The door of `model`, made if there is none, with one holder more. anatomy: of the model, if known already."""
     with _HOLDERS:
         door = door_of(model)
         if door is None:
-            refuse_compiled(model)
-            door = Door(model)
+            door = Door(model, inspect(model) if anatomy is None else anatomy)
             try:
                 door._install()
             except BaseException:
@@ -383,8 +386,11 @@ def attach(model: nn.Module) -> Door:
         return door
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise if the model or a part of it is compiled: hooks added now would see nothing and say nothing."""
+def inspect(model: nn.Module) -> Anatomy:
+    """What of a model can be read. Raises UnsupportedModelError.
+
+    Also if the model or a part of it is compiled: hooks added now would see nothing and say nothing.
+    """
     for name, module in model.named_modules():
         wrapped = type(module).__name__ == "OptimizedModule"
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
@@ -395,3 +401,4 @@ def refuse_compiled(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError("a scripted model is not read: pass the module it was scripted from")
+    return dissect(model)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.attention.anatomy import WHAT, Anatomy, Layer, dissect
+from foveal.attention.anatomy import WHAT, Anatomy, Layer
 from foveal.attention.call import Call
-from foveal.attention.door import Door, attach, bare, door_of, refuse_compiled
+from foveal.attention.door import Door, bare, door_of, hold, inspect
 from foveal.attention.errors import ReadError, UnsupportedModelError
 from foveal.attention.layout import TokenLayout
 
@@ -216,9 +216,7 @@ class Seen:
             model = bare(model)
         self._model = model
         door = door_of(model)
-        if door is None:
-            refuse_compiled(model)
-        self._anatomy = door.anatomy if door is not None else dissect(model)
+        self._anatomy = door.anatomy if door is not None else inspect(model)
         self._single = isinstance(layers, int) or (isinstance(layers, str) and layers != "all")
         self._chosen = self._anatomy.choose(layers)  # type: ignore[arg-type]
         self._what = _check_what(what)
@@ -243,7 +241,7 @@ class Seen:
     def __enter__(self) -> Seen:
         if self._door is not None:
             raise ReadError("this read is open already: make another with foveal.read")
-        self._door = attach(self._model)
+        self._door = hold(self._model, self._anatomy)
         try:
             self._kept = []
             self._state = self._door.admit(self, dict.fromkeys(self._chosen, self._what))
@@ -398,9 +396,8 @@ class Support:
 def supported(model: nn.Module) -> Support:
     """What of a model can be read, and why not. Raises nothing and runs nothing."""
     try:
-        if door_of(bare(model)) is None:
-            refuse_compiled(model)
-        anatomy = dissect(bare(model))
+        door = door_of(bare(model))
+        anatomy = door.anatomy if door is not None else inspect(model)
     except UnsupportedModelError as error:
         return Support("", (), {}, None, str(error))
     offered = {layer.name: _offers(layer) for layer in anatomy.layers}
