@@ -201,5 +201,12 @@ def test_the_demo_ends_with_its_report(
     again = capsys.readouterr()
     assert again.out == said.out
     assert "finished before; --again trains them anew" in again.err
+    (tmp_path / "demo" / "mine").mkdir()
+    (tmp_path / "demo" / "mine" / "settings.yaml").write_text("the user's own")
     assert main([*asked, "--again"]) == 0
     assert "guided-seed1 done" in capsys.readouterr().err
+    # another version of foveal has another demo: its runs replace the old ones
+    monkeypatch.setattr(demo, "arms", lambda: {"plain": small.replace(lr=1e-3), "guided": small})
+    assert main(asked) == 0
+    assert "lr: 0.001" in (tmp_path / "demo" / "plain-seed0" / "settings.yaml").read_text()
+    assert (tmp_path / "demo" / "mine" / "settings.yaml").read_text() == "the user's own"

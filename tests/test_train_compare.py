@@ -106,7 +106,7 @@ def test_the_table_says_what_its_intervals_are_over(comparison: Comparison):
         assert float(shown) == pytest.approx(100 * np.mean(comparison.values("accuracy/mixed_same", arm)), abs=0.051)
     assert "over images: 95 % interval of differences on 20 images" in text
     assert "BG-Gap" in text
-    assert max(len(line) for line in text.splitlines()) <= 110
+    assert max(len(line) for line in text.split("Percent,")[0].splitlines()) <= 110
 
 
 def test_several_runs_at_a_time_give_the_same(comparison: Comparison, tmp_path: Path):
@@ -119,8 +119,8 @@ def test_several_runs_at_a_time_give_the_same(comparison: Comparison, tmp_path: 
     ]
     for key in done.metrics:  # one thread there, perhaps more here: the last bits may differ, not what is right
         assert done.values(key, "plain") == pytest.approx(comparison.values(key, "plain"), abs=1e-4)
-    with pytest.raises(DivergedError, match="wild-seed0: training diverged"):
-        compare({"wild": only["plain"].replace(lr=1e30, layer_decay=1.0)}, [0], tmp_path, jobs=2)
+    with pytest.raises(DivergedError, match=r"wild-seed[01]: training diverged"):
+        compare({"wild": only["plain"].replace(lr=1e30, layer_decay=1.0)}, [0, 1], tmp_path, jobs=2)
 
 
 def test_what_cannot_be_compared(tmp_path: Path):

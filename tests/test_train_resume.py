@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from foveal.train import Run, RunError, Settings
+from foveal.train import Run, RunError, Settings, fit
 from training import TINY, child, die, exit_code, tiny
 
 # What makes a step depend on more than its batch: attention-made labels, a frozen source, averaged weights,
@@ -167,3 +167,18 @@ def test_an_uninterrupted_run_repeats_itself(tmp_path: Path, weights: Path, whol
     other = tiny(tmp_path, init=str(weights), **EVERYTHING, seed=1).replace(name="other")
     assert exit_code(train, other) == 0
     assert Run.load(other.folder).steps != whole.steps
+
+
+def test_other_images_are_no_resumption(tmp_path: Path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (32, 32), (40 * i, 0, 90)).save(tmp_path / "photos" / name / f"{i}.png")
+    settings = tiny(tmp_path, data=str(tmp_path / "photos"), workers=0)
+    assert exit_code(train, settings, "results are to be written", 1) == -signal.SIGKILL
+    (tmp_path / "photos" / "cat" / "0.png").rename(tmp_path / "photos" / "cat" / "9.png")
+    with pytest.raises(RunError, match="the data have changed since"):
+        fit(settings, resume=True)
+    assert len(fit(settings, overwrite=True).metrics) == 3

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 
 from foveal.data import DataError
 from foveal.train import Run, RunError, Settings, SettingsError, fit
+from foveal.train.files import write_text
 from foveal.train.folder import locked
 from foveal.train.precision import choose
 from foveal.train.settings import Settings as SettingsClass
@@ -145,6 +149,11 @@ def test_a_finished_run_is_not_overwritten_unless_asked(run: Run):
         fit(run.settings.replace(lr=0.1), resume=True)
 
 
+def test_few_labels_are_noted(tmp_path: Path):
+    notes = fit(tiny(tmp_path, epochs=1, per_class=11)).split["notes"]
+    assert "5 classes have fewer than 11 images and give all: 0, 1, 2, 3, 4" in notes
+
+
 def test_overwriting_begins_anew(tmp_path: Path):
     first = fit(tiny(tmp_path, epochs=1))
     (first.folder / "notes.txt").write_text("the user's own")
@@ -169,10 +178,11 @@ def test_folders_that_are_no_runs(tmp_path: Path, run: Run):
 
 
 def hold(folder: Path, held: Path) -> None:
-    import time
-
+    """Hold the lock of a folder, with a process of one's own beside, as those that decode images are."""
     with locked(folder):
-        held.write_text("")
+        helper = os.fork()
+        if helper:
+            write_text(held, str(helper))
         time.sleep(60)
 
 
@@ -185,8 +195,11 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path):
         fit(settings)
     process.kill()
     process.join()
-    with locked(settings.folder):  # the lock went with the process
-        pass
+    try:
+        with locked(settings.folder):  # the lock went with the process, though its helper lives on
+            pass
+    finally:
+        os.kill(int((tmp_path / "held").read_text()), signal.SIGKILL)
 
 
 def test_mistakes_are_told_before_anything_is_written(tmp_path: Path):

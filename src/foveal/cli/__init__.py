@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a bug, 2 something in the settings, the data or the machin
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 # Before torch is loaded: OpenMP's threads sleep while they wait. Spinning, the default, is no faster in training and
@@ -36,6 +37,7 @@ USAGE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. argv: without the program's name, by default the process's own."""
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _warn  # type: ignore[assignment]  # it takes any further arguments
     parser = _parser()
     try:
         values = parser.parse_args(words)
@@ -80,6 +82,11 @@ def _tell(error: Exception) -> int:
         hint = f" (see {error.command} --help)"
     print(f"foveal: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
     return 2 if expected else 1
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """A warning as a line, without the place in the code."""
+    print(f"foveal: {category.__name__}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -64,7 +64,7 @@ def table(comparison: Comparison, width: int = 100) -> str:
     console = Console(file=text, width=width, highlight=False)
     console.print(grid)
     for line in _explained(comparison):
-        console.print(Text(line, style="dim"))
+        console.print(Text(line, style="dim"), soft_wrap=True)
     return text.getvalue()
 
 

@@ -7,9 +7,11 @@ background helps on mixed_same and hurts on mixed_rand. Ends with the path of a 
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
+from foveal.train.errors import SettingsError
 from foveal.train.settings import Settings
 
 
@@ -46,23 +48,22 @@ def run(values: argparse.Namespace) -> int:
     from foveal.cli.compared import Watch, table
     from foveal.report import comparison_page
     from foveal.train.comparing import compare
-    from foveal.train.errors import SettingsError
 
     if values.seeds < 1:
         raise SettingsError(f"--seeds {values.seeds} must be 1 or more")
     out, seeds = Path(values.out), range(values.seeds)
-    if values.again:
-        _forget(out)
-    console = Console(stderr=True, highlight=False)
-    console.print("Tuning a tiny encoder on few images with misleading backgrounds: plain, and guided by its own")
-    console.print(f"attention before tuning. {2 * values.seeds} short runs on the CPU, nothing is downloaded.")
-    jobs = values.jobs or min(_cores(), 2 * values.seeds)
     ways = arms()
+    if values.again or _is_stale(out, ways, seeds):
+        _forget(out, ways)
+    console = Console(stderr=True, highlight=False)
+    console.print("Tuning a tiny encoder on few images with misleading backgrounds, plainly and guided")
+    console.print(f"by its own attention before tuning: {2 * values.seeds} short runs, offline, on the CPU.")
+    jobs = values.jobs or min(_cores(), 2 * values.seeds)
     total = sum(settings.epochs for settings in ways.values()) * values.seeds
     with Watch(console, total) as watch:
         comparison = compare(ways, seeds, out, jobs=jobs, progress=watch)
     if watch.epochs == 0:
-        console.print(f"All runs in {out} were finished before; --again trains them anew.")
+        console.print(f"All runs in {out} were finished before; --again trains them anew.", soft_wrap=True)
     print(table(comparison, width=_width()))
     command = "foveal demo" + (f" --seeds {values.seeds}" if values.seeds != 3 else "")
     print(f"report {comparison_page(comparison, command=command).resolve()}")
@@ -80,11 +81,23 @@ def _width() -> int:
     return max(80, min(120, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
 
 
-def _forget(out: Path) -> None:
-    """Remove an earlier demo's runs: folders that hold runs, and what was made of them."""
-    import shutil
+def _is_stale(out: Path, ways: dict[str, Settings], seeds: range) -> bool:
+    """Whether a run there was made by a demo with other settings, of another version of foveal."""
+    for arm, settings in ways.items():
+        for seed in seeds:
+            kept, mine = out / f"{arm}-seed{seed}" / "settings.yaml", {"out": settings.out, "name": settings.name}
+            try:
+                if kept.is_file() and Settings.from_yaml(kept, **mine) != settings.replace(seed=seed):
+                    return True
+            except SettingsError:
+                return True
+    return False
 
-    for folder in [path.parent for path in out.glob("*/settings.yaml")]:
-        shutil.rmtree(folder)
+
+def _forget(out: Path, ways: dict[str, Settings]) -> None:
+    """Remove an earlier demo's runs, and nothing else that may be in the folder."""
+    for arm in ways:
+        for kept in out.glob(f"{arm}-seed*/settings.yaml"):
+            shutil.rmtree(kept.parent)
     for name in ("comparison.json", "report.html"):
         (out / name).unlink(missing_ok=True)

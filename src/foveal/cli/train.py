@@ -9,6 +9,7 @@ Writes a folder: the model for timm, predictions, metrics and a report.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> int:
     """Train, report, and say where the results are."""
     settings = settings_of(values)
+    from foveal.data import DataWarning
     from foveal.train.fitting import fit
 
+    warnings.simplefilter("ignore", DataWarning)  # the notes on the data, which are shown, have them
     done = fit(settings, resume=values.resume, overwrite=values.overwrite, progress=True)
     if _is_first():
         print(_summary(done))

@@ -22,6 +22,7 @@ from foveal import stats
 from foveal.stats import Interval
 from foveal.train.errors import RunError, SettingsError
 from foveal.train.files import write_text
+from foveal.train.folder import check_same, is_finished
 from foveal.train.run import Run, read_json
 from foveal.train.settings import Settings
 
@@ -106,7 +107,11 @@ def compare(
     # seed by seed, so that a comparison that is stopped early has whole pairs
     order = [runs[arm][k] for k in range(len(seeds)) for arm in arms]
     tell = progress or _say_nothing
-    if jobs == 1:
+    for settings in [one for one in order if is_finished(one.folder)]:
+        check_same(settings, Settings.from_yaml(settings.folder / "settings.yaml"), settings.folder)
+        order.remove(settings)
+        tell(str(settings.name), {})
+    if jobs == 1 or len(order) < 2:
         from foveal.train.fitting import fit
 
         for settings in order:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from foveal.attention import attach, supported
-from foveal.data import Data, load, subset
+from foveal.data import Data, DataWarning, load, subset
 from foveal.data.batches import Batch, Batches
 from foveal.data.order import step_sizes
 from foveal.mix import MIXERS
@@ -63,9 +64,12 @@ def load_data(settings: Settings) -> Data:
     data = load(settings.data, seed=seed, image_size=settings.image_size)
     if settings.label_fraction is None and settings.per_class is None:
         return data
-    index = subset(data.train, share=settings.label_fraction, per_class=settings.per_class, seed=seed)
-    note = f"{len(index):,} of {len(data.train):,} training images used"
-    return replace(data, train=data.train.subset(index), notes=(*data.notes, note))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        index = subset(data.train, share=settings.label_fraction, per_class=settings.per_class, seed=seed)
+    notes = [str(warning.message) for warning in caught]
+    notes.append(f"{len(index):,} of {len(data.train):,} training images used")
+    return replace(data, train=data.train.subset(index), notes=(*data.notes, *notes))
 
 
 def mixer_of(settings: Settings) -> Any:
@@ -113,7 +117,7 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         if trainer.is_global_zero:
             stack.enter_context(locked(folder))
             checkpoint = prepare(settings, resume=resume, overwrite=overwrite)
-            outcome.write_split(folder, data)
+            outcome.write_split(folder, data, resumed=checkpoint is not None)
         with quiet_lightning():
             wait_for_first(trainer)
         if not trainer.is_global_zero and record.last.is_file():

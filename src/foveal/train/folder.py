@@ -86,8 +86,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise cannot_write(folder, error) from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # lockf, not flock: processes that decode images outlive a kill by seconds and would keep a flock
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise RunError(f"another process is training in {folder}") from None
         except OSError:
             pass  # a file system without locks

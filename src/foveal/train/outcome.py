@@ -116,10 +116,13 @@ def write_samples(folder: Path, batch: Batch, config: ImageConfig, mixer: Any, m
         np.savez_compressed(file, **{k: v.detach().cpu().numpy() for k, v in arrays.items()})
 
 
-def write_split(folder: Path, data: Data) -> None:
-    """split.json: notes, class names, and for each set its size, images per class and the images' names."""
+def write_split(folder: Path, data: Data, *, resumed: bool) -> None:
+    """split.json: notes, class names, and for each set its size, images per class and the images' names.
+
+    Raises RunError if a run is resumed on other images than it was begun with.
+    """
     sets = {"train": data.train, "val": data.val, **{f"test/{k}": v for k, v in data.tests.items()}}
-    content = {
+    content: dict[str, Any] = {
         "data": data.name,
         "notes": list(data.notes),
         "classes": list(data.classes),
@@ -128,4 +131,11 @@ def write_split(folder: Path, data: Data) -> None:
             for name, images in sets.items()
         },
     }
-    write_text(folder / "split.json", json.dumps(content, ensure_ascii=False) + "\n")
+    path = folder / "split.json"
+    if resumed and path.is_file() and (then := json.loads(path.read_text(encoding="utf-8"))["sets"]) != content["sets"]:
+        changed = [name for name in sets if then.get(name) != content["sets"][name]]
+        raise RunError(
+            f"the data have changed since {folder} was begun (other images in {', '.join(changed)}): bring them back,"
+            " or begin anew with --overwrite"
+        )
+    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
