@@ -11,25 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from foveal.demo import arms
 from foveal.train.errors import SettingsError
 from foveal.train.settings import Settings
-
-
-def arms() -> dict[str, Settings]:
-    """The two ways to tune that the demo compares: the same but for the guide."""
-    plain = Settings(
-        data="scenes:stage=target,shortcut=0.8,train=180,val=100,test=500",
-        data_seed=None,  # each seed draws its own scenes
-        model="demo",
-        epochs=25,
-        batch_size=32,
-        lr=1e-3,
-        layer_decay=1.0,
-        device="cpu",
-        precision="float32",
-        name="run",
-    )
-    return {"plain": plain, "guided": plain.replace(guide="gta", guide_weight=1.0)}
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
