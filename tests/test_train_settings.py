@@ -123,3 +123,17 @@ def test_the_folder_is_named_after_what_one_compares():
 
 def test_unknown_names_without_a_near_one_list_all():
     assert unknown("mixer", "blend", ["cutmix", "transmix"]) == "unknown mixer 'blend' (known: cutmix, transmix)"
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_settings_and_say_what_to_expect(recipe: Path):
+    settings = Settings.from_yaml(recipe)
+    assert settings.data
+    assert recipe.read_text().startswith("# ")
+
+
+def test_the_guided_recipe_is_the_demo():
+    from foveal.demo import arms
+
+    recipe = Path(__file__).parents[1] / "recipes" / "scenes_guided.yaml"
+    assert Settings.from_yaml(recipe) == arms()["guided"]

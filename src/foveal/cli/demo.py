@@ -1,8 +1,10 @@
 """See what guided attention is for: offline, in about two minutes on two cores.
 
-A tiny encoder that knows digits (it comes with foveal) is tuned to name them on few images whose backgrounds
-mislead: plainly, and with its attention kept where it was (GTA), three seeds each. What is learnt from the
-background helps on mixed_same and hurts on mixed_rand. Ends with the path of a report with pictures.
+A tiny encoder that finds digits (it comes with foveal, trained without labels) is tuned to name them on few
+images whose backgrounds mislead: plainly, and with its attention kept where it was (GTA), three seeds each.
+What is learnt from the background helps on mixed_same and hurts on mixed_rand.
+
+  foveal demo                  ends with the path of a report with pictures
 """
 
 import argparse
@@ -40,8 +42,8 @@ def run(values: argparse.Namespace) -> int:
     if values.again or _is_stale(out, ways, seeds):
         _forget(out, ways)
     console = Console(stderr=True, highlight=False)
-    console.print("Tuning a tiny encoder on few images with misleading backgrounds, plainly and guided")
-    console.print(f"by its own attention before tuning: {2 * values.seeds} short runs, offline, on the CPU.")
+    console.print("Tuning a tiny encoder on few images with misleading backgrounds:")
+    console.print(f"plainly, and guided by its own attention. {2 * values.seeds} short runs on the CPU, offline.")
     jobs = values.jobs or min(_cores(), 2 * values.seeds)
     total = sum(settings.epochs for settings in ways.values()) * values.seeds
     with Watch(console, total) as watch:

@@ -3,7 +3,7 @@
 `auto` looks at the hardware and the model, not at a clock: the same command gives the same arithmetic each time.
 
 Measured with benchmarks/precision.py, a training step in bfloat16 over one in float32 (median of 7, one thread of
-an AMD EPYC with AVX512-BF16, torch 2.15): width 64 1.02, width 128 0.86, width 192 0.68 to 0.78, width 384 0.59.
+an AMD EPYC with AVX512-BF16, torch 2.15): width 64 1.09, width 128 0.92, width 192 0.67 to 0.75, width 384 0.60.
 On a CPU with AMX the forward of a ViT-S is three times as fast, while the backward of a model of width 64 is slower.
 """
 
