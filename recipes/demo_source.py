@@ -10,9 +10,9 @@ in the scenes of stage "target", which the demo uses.
     python recipes/demo_source.py [--out FOLDER] [--steps N]        # or: make demo-source
 
 Writes model.safetensors and model.json into the package: 8 minutes of one core. On scenes of held-out digits and
-backgrounds it should explain about 0.59 of the drawings' variance, put about 0.74 of the last block's class attention on
-the digit (which covers 0.27 of the image), and tell 0.86 of the ten digits by 10 nearest neighbours. The same machine
-and number of threads give the same file; others give other last digits.
+backgrounds it should explain about 0.59 of the drawings' variance, put about 0.74 of the last block's class attention
+on the digit (which covers 0.27 of the image), and name 0.86 of the ten digits by 10 nearest neighbours. The same
+machine and number of threads give the same file; others give other last digits.
 """
 
 import argparse
