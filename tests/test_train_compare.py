@@ -32,7 +32,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
         if (name, row.get("epoch")) == ("plain-seed5", 1):
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="foveal train --resume"):
+    with pytest.raises(Interrupted, match="run the same comparison again"):
         compare(arms(out), [3, 5], out, progress=stop)
     assert [name for name, row in seen if not row] == ["plain-seed3", "cutmix-seed3"]
     with pytest.raises(RunError, match="no finished comparison"):

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that train together one speaks
+            print(f"\n{stopped or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # foveal predict ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from foveal import stats
 from foveal.stats import Interval
-from foveal.train.errors import RunError, SettingsError
+from foveal.train.errors import Interrupted, RunError, SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import check_same, is_finished
 from foveal.train.run import Run, read_json
 from foveal.train.settings import Settings
 
+AGAIN = "stopped; run the same comparison again to go on where it was"
 Floats = npt.NDArray[np.float64]
 
 
@@ -114,13 +115,19 @@ def compare(
     if jobs == 1 or len(order) < 2:
         from foveal.train.fitting import fit
 
-        for settings in order:
-            fit(settings, resume=True, progress=partial(tell, str(settings.name)))
-            tell(str(settings.name), {})
+        try:
+            for settings in order:
+                fit(settings, resume=True, progress=partial(tell, str(settings.name)))
+                tell(str(settings.name), {})
+        except KeyboardInterrupt:
+            raise Interrupted(AGAIN) from None
     else:
         from foveal.train.crew import train_all
 
-        train_all(order, jobs, tell)
+        try:
+            train_all(order, jobs, tell)
+        except KeyboardInterrupt:
+            raise Interrupted(AGAIN) from None
     write_text(out / "comparison.json", json.dumps(_content(arms, seeds, runs), indent=1, ensure_ascii=False) + "\n")
     return Comparison(out)
 

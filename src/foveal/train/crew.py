@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from foveal.train import errors
-from foveal.train.errors import Interrupted, RunError
+from foveal.train.errors import RunError
 from foveal.train.settings import Settings
 
 Tell = Callable[[str, dict[str, Any]], None]
@@ -19,8 +19,8 @@ Tell = Callable[[str, dict[str, Any]], None]
 def train_all(runs: Sequence[Settings], jobs: int, tell: Tell) -> None:
     """Train `runs` (or resume them) in order, `jobs` at a time; tell(name, row) after each epoch.
 
-    The first failure ends all: raises its error (RunError, SettingsError, DivergedError, ...). Ctrl-C ends all and
-    raises Interrupted. Runs that were cut off continue when called again.
+    The first failure ends all: raises its error (RunError, SettingsError, DivergedError, ...). So does Ctrl-C. Runs
+    that were cut off continue when called again.
     """
     waiting = list(reversed(runs))
     events: SimpleQueue[tuple[_Worker, dict[str, Any]]] = SimpleQueue()
@@ -42,8 +42,6 @@ def train_all(runs: Sequence[Settings], jobs: int, tell: Tell) -> None:
                     busy -= 1
             else:
                 raise _error(event, name)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; run the same comparison again to go on where it was") from None
     finally:
         for worker in crew:
             worker.end()

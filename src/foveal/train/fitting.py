@@ -229,7 +229,7 @@ def _finish(
         "epochs": settings.epochs,
         "images": len(data.train),
         "parameters": sum(p.numel() for p in built.model.parameters()),
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": trainer.world_size,
         "precision": precision,
         "seconds": seconds,
