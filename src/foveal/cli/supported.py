@@ -21,7 +21,10 @@ def run(values: argparse.Namespace) -> int:
     from foveal.train.models import check_name
 
     check_name(values.model)
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):  # the structure is asked, so no memory is needed for weights
+            model = timm.create_model(values.model, pretrained=False)
+    except (RuntimeError, NotImplementedError):  # some models compute while they are built
         model = timm.create_model(values.model, pretrained=False)
     support = supported(model)
     if not support:

@@ -17,6 +17,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from foveal import __version__
 from foveal.chance import seeded
 from foveal.data.config import ImageConfig, image_config
 from foveal.train.errors import RunError, SettingsError
@@ -131,8 +132,8 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    names = ("foveal", "torch", "timm", "lightning", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "timm", "lightning", "numpy")
+    return {"python": platform.python_version(), "foveal": __version__, **{name: version(name) for name in names}}
 
 
 def _create(architecture: str, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
