@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 	@$(BIN)/foveal demo
 
 test: $(VENV)/.ready-dev
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.ready-dev
 	@$(BIN)/ruff check src tests benchmarks recipes docs

@@ -1,6 +1,6 @@
 """What reading attention costs over a plain forward.
 
-    python benchmarks/reading.py [--quick] [--device cuda] [--dtype bfloat16] [--threads 2]
+    python benchmarks/reading.py [--rounds 9] [--device cuda] [--dtype bfloat16] [--threads 1]
 
 ViT-S/16, inference, random weights. Every variant runs once per round, shuffled, in one process; the ratio is
 that of a round against the plain forward of the same round; median and quartiles over rounds are printed. On a CPU the
@@ -167,10 +167,11 @@ def compare(batch: int, size: int, rounds: int, device: torch.device, dtype: tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, 224 px only")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", type=int, choices=[224, 518], help="one image size only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="more than one spin while they wait, and are counted")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -181,9 +182,9 @@ def main() -> None:
     )
     with torch.inference_mode():
         dtype = getattr(torch, args.dtype)
-        for batch, size, rounds in [(8, 224, 15), (16, 224, 15), (2, 518, 11)]:
-            if not args.quick or size == 224:
-                compare(batch, size, 5 if args.quick else rounds, device, dtype)
+        for batch, size in [(8, 224), (16, 224), (2, 518)]:
+            if args.size in (None, size):
+                compare(batch, size, args.rounds, device, dtype)
 
 
 if __name__ == "__main__":
