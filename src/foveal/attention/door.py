@@ -362,8 +362,8 @@ def attach(model: nn.Module) -> Door:
     """Install the hooks on a model once, for a whole run.
 
     Needed before `torch.compile`: a compiled forward keeps the hooks it was traced with, so hooks added later see
-    nothing. Use as a block (`with attach(model) as door:`) or call `remove()` at the end. A compiled forward cannot tell
-    threads apart: read a compiled model from one thread at a time.
+    nothing. Use as a block (`with attach(model) as door:`) or call `remove()` at the end. A compiled forward cannot
+    tell threads apart: read a compiled model from one thread at a time.
 
     Raises UnsupportedModelError for a model that cannot be read, or that is compiled already.
     """
