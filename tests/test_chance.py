@@ -66,8 +66,7 @@ def test_seeded_puts_back_after_an_exception():
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     with pytest.raises(KeyError), seeded(1, "init"):
-        torch.rand(3)
-        raise KeyError
+        raise KeyError(torch.rand(3))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
