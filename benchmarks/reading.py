@@ -2,7 +2,7 @@
 
     python benchmarks/reading.py [--rounds 9] [--device cuda] [--dtype bfloat16] [--threads 1]
 
-ViT-S/16, inference, random weights. Every variant runs once per round, shuffled, in one process; the ratio is
+ViT-S, inference, random weights. Every variant runs once per round, shuffled, in one process; the ratio is
 that of a round against the plain forward of the same round; median and quartiles over rounds are printed. On a CPU the
 clock counts the process's own seconds on all threads, so that other jobs on the machine count less; on a GPU it is the
 wall. A single time means nothing on a busy machine.
@@ -24,6 +24,7 @@ import torchvision
 import foveal
 
 DEPTH, HEADS = 12, 6
+PATCH = {224: 16, 518: 14}  # 518 = 37 x 14, as DINOv2 is read
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -99,7 +100,7 @@ def eager_transformers(images: torch.Tensor) -> dict[str, Callable[[], object]]:
         "num_hidden_layers": DEPTH,
         "intermediate_size": 1536,
         "image_size": size,
-        "patch_size": 16,
+        "patch_size": PATCH[size],
     }
     fused, eager = (
         ViTModel(ViTConfig(**settings, attn_implementation=kind)).to(images.device, images.dtype).eval()
@@ -123,18 +124,20 @@ def memory(images: torch.Tensor, patches: int) -> None:
 
 
 def vit(images: torch.Tensor) -> torch.nn.Module:
-    model = timm.create_model("vit_small_patch16_224", img_size=images.shape[-1], num_classes=0)
+    size = images.shape[-1]
+    model = timm.create_model("vit_small_patch16_224", img_size=size, patch_size=PATCH[size], num_classes=0)
     return model.to(images.device, images.dtype).eval()
 
 
 def torchvision_vit(images: torch.Tensor) -> torch.nn.Module:
-    model = torchvision.models.VisionTransformer(images.shape[-1], 16, DEPTH, HEADS, 384, 1536)
+    size = images.shape[-1]
+    model = torchvision.models.VisionTransformer(size, PATCH[size], DEPTH, HEADS, 384, 1536)
     return model.to(images.device, images.dtype).eval()
 
 
 def compare(batch: int, size: int, rounds: int, device: torch.device, dtype: torch.dtype) -> None:
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    print(f"\nViT-S/16, {size} px, batch {batch}, {rounds} rounds")
+    print(f"\nViT-S/{PATCH[size]}, {size} px, batch {batch}, {rounds} rounds")
     plain, fx = vit(images), vit(images)
     slow = vit(images)
     variants: dict[str, Callable[[], object]] = {
@@ -162,7 +165,7 @@ def compare(batch: int, size: int, rounds: int, device: torch.device, dtype: tor
     hf = eager_transformers(images)
     if hf:
         interleaved(hf, "transformers, fused", rounds, device)
-    memory(images, (size // 16) ** 2)
+    memory(images, (size // PATCH[size]) ** 2)
 
 
 def main() -> None:
