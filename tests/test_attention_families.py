@@ -297,9 +297,13 @@ def test_torchvision_vit(grad):
     images, maps = images_of((64, 64)), []
     with torch.set_grad_enabled(grad):
         before = model(images)
-        what = ["class_logits", "received", "mean_query", "full", "queries", "keys", "values"]
+        what = ["class_logits", "received", "mean_query", "full", "queries", "keys", "values", "tokens"]
         with foveal.read(model, layers="all", what=what) as seen:
             assert torch.equal(model(images), before)
+    for i, layer in enumerate(model.encoder.layers):
+        attention, x = layer.self_attention, layer.ln_1(seen.tokens(prefix=True)[i])
+        values = F.linear(x, attention.in_proj_weight[64:], attention.in_proj_bias[64:])
+        assert close(seen.values(prefix=True)[i].transpose(1, 2).flatten(2), values, torch.float64)
     for layer in model.encoder.layers:
         layer.self_attention.register_forward_pre_hook(
             lambda m, args, kw: (args, {**kw, "need_weights": True, "average_attn_weights": False}), with_kwargs=True

@@ -42,9 +42,9 @@ class MhaInput:
                 "the weights of an nn.MultiheadAttention changed since its forward: read before optimizer.step()"
             )
 
-    def caught(self) -> Caught:
+    def caught(self, values: bool) -> Caught:
         self._refuse_changed()
-        return caught_mha(self.attention, self.args, self.kwargs)
+        return caught_mha(self.attention, self.args, self.kwargs, values)
 
     def row(self, index: int) -> Tensor:
         self._refuse_changed()
@@ -110,7 +110,7 @@ class Call:
             if isinstance(raw, MhaInput):
                 if what == "class_logits" and layer.kind == "self":
                     return raw.row(self._class_index(layer))
-                raw = raw.caught()
+                raw = raw.caught(values=what == "values")
             self._check_shape(layer, raw)
             return self._from_caught(layer, index, raw, what)
 

@@ -111,8 +111,10 @@ class Catch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def caught_mha(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Caught:
-    """What nn.MultiheadAttention will compute from, projected once more from its input.
+def caught_mha(
+    attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], values: bool = False
+) -> Caught:
+    """What nn.MultiheadAttention computed from, projected once more from its input; values only where asked.
 
     Inside it no function mode sees the attention, and entering one would leave its fast path; so the module's input is
     read before the call. Only for readers that need all queries or keys; see `mha_row` for one row.
@@ -123,8 +125,9 @@ def caught_mha(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: 
         y = _project(attention, x, part)
         return y.reshape(*y.shape[:-1], H, D // H).transpose(1, 2)  # (B, H, T, d)
 
-    q, k, v = (project(x, part) for part, x in enumerate(_mha_inputs(attention, args, kwargs)))
-    return Caught(q=q, k=k, v=v, scale=(D // H) ** -0.5)
+    query, key, value = _mha_inputs(attention, args, kwargs)
+    v = project(value, 2) if values else None
+    return Caught(q=project(query, 0), k=project(key, 1), v=v, scale=(D // H) ** -0.5)
 
 
 def mha_row(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Tensor:
