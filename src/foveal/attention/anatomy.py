@@ -90,8 +90,6 @@ class Anatomy:
         )
 
 
-TIMM = "timm.models."
-
 # attention modules: full class name -> (kind, has modules q_norm and k_norm that see q and k before rotation)
 ATTENTIONS: dict[str, tuple[str, bool]] = {
     "timm.layers.attention.Attention": ("self", True),
@@ -119,10 +117,6 @@ REFUSED = {
     "DiffAttention": "differential attention subtracts two maps",
     "DiffParallelScalingBlock": "differential attention subtracts two maps",
 }
-
-
-def full_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -117,7 +117,7 @@ def caught_mha(
     """What nn.MultiheadAttention computed from, projected once more from its input; values only where asked.
 
     Inside it no function mode sees the attention, and entering one would leave its fast path; so the module's input is
-    read before the call. Only for readers that need all queries or keys; see `mha_row` for one row.
+    what is read. Only for readers that need all queries or keys; see `mha_row` for one row.
     """
     D, H = attention.embed_dim, attention.num_heads
 
