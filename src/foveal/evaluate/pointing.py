@@ -8,6 +8,8 @@ Uniform attention scores the object's share of the image: compare with that, not
 import torch
 from torch import Tensor
 
+from foveal.maps.found import overlaps
+
 
 def energy_share(attn: Tensor, masks: Tensor) -> Tensor:
     """Share of attention on the object: (B,) float32 in [0, 1].
@@ -37,11 +39,3 @@ def coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     rows = overlaps(masks.shape[1], grid[0]).to(masks.device, torch.float32)
     columns = overlaps(masks.shape[2], grid[1]).to(masks.device, torch.float32)
     return rows @ masks.float() @ columns.T
-
-
-def overlaps(pixels: int, cells: int) -> Tensor:
-    """Share of each of `cells` equal parts of a line that lies in each of its `pixels`: (cells, pixels) float64."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    left = torch.arange(pixels, dtype=torch.float64)
-    inside = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
-    return inside.clamp_min(0) * cells / pixels

@@ -41,6 +41,19 @@ class Mixed:
     perm: Tensor  # (B,) int64, partner of each image
     keep: Tensor  # (B, 1, H, W) float32 in [0, 1], share of each pixel that is the first image
     factors: tuple[LabelWeights, ...]
+    # what can still be seen of the two images, each in its own frame; None where nothing was moved: keep and 1 - keep
+    moved_own: Tensor | None = None  # (B, 1, H, W) float32 in [0, 1]
+    moved_partner: Tensor | None = None  # (B, 1, H, W) float32 in [0, 1]
+
+    @property
+    def visible_own(self) -> Tensor:
+        """Share of each pixel of the first image that can still be seen, in that image's frame: (B, 1, H, W)."""
+        return self.keep if self.moved_own is None else self.moved_own
+
+    @property
+    def visible_partner(self) -> Tensor:
+        """Share of each pixel of the partner that can be seen, in the partner's own frame: (B, 1, H, W)."""
+        return 1.0 - self.keep if self.moved_partner is None else self.moved_partner
 
     def mix_labels(self, rows: Tensor) -> Tensor:
         """W_k ... W_1 times the rows: (B, C) to (B, C)."""

@@ -11,7 +11,7 @@ inside the block.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Generic, Self, TypeVar
@@ -24,6 +24,7 @@ from foveal.mix.losses import LOSSES
 from foveal.mix.mixed import Mixed
 
 Relabel = Callable[[Mixed], Mixed]
+Term = Callable[[Mixed, Tensor], Tensor]  # (mixed batch, logits (B, C)) -> weighted scalar
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class Mixer(ABC, Generic[DrawT]):
     def apply(self, images: Tensor, draw: DrawT) -> Mixed:
         """Mix: no chance, and the given images stay as they are. images: (B, channels, H, W), any float type."""
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what its steps measure, beside loss and accuracy: the keys of `Step.measures`."""
+        return ()
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the losses that its steps add to the task's: the further keys of `Step.losses`."""
+        return ()
+
     @contextmanager
     def on(
         self,
@@ -69,6 +80,8 @@ class Mixer(ABC, Generic[DrawT]):
         labels: Tensor,
         rng: torch.Generator | None = None,
         num_classes: int | None = None,
+        given: Tensor | None = None,
+        trusted: bool = True,
     ) -> Iterator[Step]:
         """One training step on mixed images.
 
@@ -76,15 +89,22 @@ class Mixer(ABC, Generic[DrawT]):
         labels: class indices (B,) or rows (B, C).  rng: CPU generator, best made by foveal.chance from the step's
         number; None takes the mixer's own, keyed by its seed and the count of its steps.
         num_classes: for `step.targets()` of class indices; losses know it from the logits.
+        given, trusted: for mixers that follow a map: maps or masks of the images (B, H', W') in the same frame, and
+        whether the map is to be believed yet; others take no notice.
         """
-        check_batch(images, labels)
-        if rng is None:
-            rng = chance.generator(self.seed, "mix", self._steps)
-        self._steps += 1
+        rng = self._begin(images, labels, rng)
         draw = self.draw(len(images), (images.shape[-2], images.shape[-1]), rng=rng)
         mixed = self.apply(images, draw)
         with self.relabelling(model, draw) as relabel:
             yield Step(mixed, labels, num_classes, relabel)
+
+    def _begin(self, images: Tensor, labels: Tensor, rng: torch.Generator | None) -> torch.Generator:
+        """Check the batch, count the step, and give its generator."""
+        check_batch(images, labels)
+        if rng is None:
+            rng = chance.generator(self.seed, "mix", self._steps)
+        self._steps += 1
+        return rng
 
     @contextmanager
     def relabelling(self, model: nn.Module, draw: DrawT) -> Iterator[Relabel | None]:
@@ -93,12 +113,22 @@ class Mixer(ABC, Generic[DrawT]):
 
 
 class Step:
-    """A mixed batch during its training step."""
+    """A mixed batch during its training step.
+
+    terms: losses beside the task's, by name, each asked with the final `Mixed` and the logits.  measures: what to log.
+    """
 
     def __init__(
-        self, mixed: Mixed, labels: Tensor, num_classes: int | None = None, relabel: Relabel | None = None
+        self,
+        mixed: Mixed,
+        labels: Tensor,
+        num_classes: int | None = None,
+        relabel: Relabel | None = None,
+        terms: Mapping[str, Term] | None = None,
+        measures: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._mixed, self._labels, self._num_classes, self._relabel = mixed, labels, num_classes, relabel
+        self._terms, self._measures = dict(terms or {}), dict(measures or {})
 
     @property
     def images(self) -> Tensor:
@@ -115,7 +145,11 @@ class Step:
         return self._final().targets(self._labels, num_classes or self._num_classes)
 
     def loss(self, logits: Tensor, smoothing: float = 0.0, kind: str = "ce") -> Tensor:
-        """Loss of the mixed labels: a scalar in float32.
+        """Loss of the mixed labels, and what the mixer adds to it: a scalar in float32. Arguments as `losses`."""
+        return torch.stack(list(self.losses(logits, smoothing, kind).values())).sum()
+
+    def losses(self, logits: Tensor, smoothing: float = 0.0, kind: str = "ce") -> dict[str, Tensor]:
+        """{"task": loss of the mixed labels}, and the mixer's own terms by name: weighted scalars in float32.
 
         logits: (B, C).  smoothing: share of each label spread over all classes before mixing; with kind="bce" and
         labels given as rows, entries move towards 1/2 instead.  kind: ce (soft cross-entropy) or bce (one sigmoid per
@@ -124,8 +158,15 @@ class Step:
         if kind not in LOSSES:
             raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(LOSSES)}")
         multi_label = kind == "bce" and self._labels.dim() == 2
-        targets = self._final().targets(self._labels, logits.shape[-1], smoothing, multi_label)
-        return LOSSES[kind](logits, targets)
+        mixed = self._final()
+        targets = mixed.targets(self._labels, logits.shape[-1], smoothing, multi_label)
+        return {"task": LOSSES[kind](logits, targets)} | {
+            name: term(mixed, logits) for name, term in self._terms.items()
+        }
+
+    def measures(self) -> dict[str, Tensor]:
+        """What the mixer measured, by name: scalars on the device, NaN where there was nothing to measure."""
+        return dict(self._measures)
 
     def accuracy(self, logits: Tensor) -> Tensor:
         """Label weight of the predicted class, mean over the batch: a scalar. logits: (B, C)."""

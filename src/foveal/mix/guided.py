@@ -1,0 +1,101 @@
+"""Mixers that follow a map: something says where to look, they cut, paste and label by it.
+
+    draw (all chance) -> maps of the clean images -> apply -> the training step, with the mixer's own losses
+
+Maps are asked before the training forward, without gradient and with their model in evaluation. A draw that does not
+need maps does not pay for them. While they are not trusted (the first epochs, when a model that makes its own maps
+knows nothing) every place counts alike: windows fall anywhere and labels go by area.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal import maps
+from foveal.maps import Found, Source
+from foveal.mix.mixed import Mixed
+from foveal.mix.mixer import DrawT, Mixer, Step, Term
+
+
+@dataclass(kw_only=True)
+class MapMixer(Mixer[DrawT]):
+    """A mixer with a map.
+
+    map: a source, or the name of one (`foveal.maps.MAPS`) that is then made with its defaults for the model of `on`.
+    """
+
+    map: str | Source = "received_attention"
+    _made: Any = field(default=None, init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def apply(self, images: Tensor, draw: DrawT, map: Tensor | None = None) -> Mixed:
+        """Mix by the maps (B, h, w) of the images, zero or more, on any grid; None counts every place alike."""
+
+    def follows(self, draw: DrawT) -> bool:
+        """Whether this draw needs maps. Asks the draw only, which is on the CPU."""
+        return True
+
+    def grid(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int] | None:
+        """The cells (h, w) that `draw` is told of; None for a mixer that works on pixels."""
+        return None
+
+    def added(self, model: nn.Module, images: Tensor, found: Found | None, draw: DrawT) -> Mapping[str, Term]:
+        """Losses beside the task's, by name, made before the training forward."""
+        return {}
+
+    def source(self, model: nn.Module) -> Source:
+        """The source of the maps: the one given, or that of this name for `model`."""
+        if not isinstance(self.map, str):
+            return self.map
+        if self._made is None or self._made[0]() is not model:
+            self._made = (weakref.ref(model), maps.make(self.map, model))
+        made: Source = self._made[1]
+        return made
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """map_blank: share of maps that prefer no place; map_on_object: share of the maps' mass on given masks."""
+        return ("map_blank", "map_on_object")
+
+    @contextmanager
+    def on(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        rng: torch.Generator | None = None,
+        num_classes: int | None = None,
+        given: Tensor | None = None,
+        trusted: bool = True,
+    ) -> Iterator[Step]:
+        """One training step on mixed images; see Mixer.on."""
+        rng = self._begin(images, labels, rng)
+        size = (images.shape[-2], images.shape[-1])
+        draw = self.draw(len(images), size, self.grid(model, size), rng=rng)
+        source = self.source(model)  # a model that does not fit fails at the first step, whatever is drawn
+        found = source(images, labels, given) if trusted and self.follows(draw) else None
+        mixed = self.apply(images, draw, None if found is None else found.map)
+        terms = self.added(model, images, found, draw)
+        with self.relabelling(model, draw) as relabel:
+            yield Step(mixed, labels, num_classes, relabel, terms, _measured(images, found, given))
+
+
+def _measured(images: Tensor, found: Found | None, given: Tensor | None) -> dict[str, Tensor]:
+    nothing = images.new_full((), torch.nan, dtype=torch.float32)
+    if found is None:
+        return {"map_blank": nothing, "map_on_object": nothing}
+    on_object = nothing
+    if given is not None:
+        share = maps.on_grid(given.float(), (found.map.shape[1], found.map.shape[2]))
+        mass = found.map.sum((1, 2))
+        held = (found.map * share).sum((1, 2)) / mass
+        on_object = held.nanmean()  # a blank map is 0/0
+    return {"map_blank": found.blank.float().mean(), "map_on_object": on_object}
