@@ -33,7 +33,20 @@ __all__ = [
     "supported",
 ]
 
-ROOMS = ("assets", "attention", "chance", "data", "evaluate", "explain", "maps", "mix", "report", "stats", "train", "transfer")
+ROOMS = (
+    "assets",
+    "attention",
+    "chance",
+    "data",
+    "evaluate",
+    "explain",
+    "maps",
+    "mix",
+    "report",
+    "stats",
+    "train",
+    "transfer",
+)
 
 
 def __getattr__(name: str) -> Any:
