@@ -24,12 +24,14 @@ from foveal.data import Data, DataWarning, load, subset
 from foveal.data.batches import Batch, Batches
 from foveal.data.order import step_sizes
 from foveal.mix import MIXERS
-from foveal.train import outcome
+from foveal.train import memory, outcome
 from foveal.train.errors import Interrupted, RunError, SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
 from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
+from foveal.train.mapping import source_of
 from foveal.train.models import Built, build, resolve, write_model
+from foveal.train.optimise import Average
 from foveal.train.precision import choose
 from foveal.train.progress import Show
 from foveal.train.record import Record, Tell
@@ -72,9 +74,14 @@ def load_data(settings: Settings) -> Data:
     return replace(data, train=data.train.subset(index), notes=(*data.notes, *notes))
 
 
-def mixer_of(settings: Settings) -> Any:
-    """The mixer that the settings name."""
-    return MIXERS[settings.mix](**settings.mix_args, seed=settings.seed)
+def mixer_of(settings: Settings, built: Built, data: Data, average: Average | None = None) -> Any:
+    """The mixer that the settings name, with the map that it is to follow.
+
+    built: the model to be trained, before its first step.  average: its running average, where there is one.
+    """
+    source = source_of(settings, built, data, average)
+    follow = {} if source is None else {"map": source}
+    return MIXERS[settings.mix](**settings.mix_args, **follow, seed=settings.seed)
 
 
 def guide_of(settings: Settings, model: torch.nn.Module) -> Any:
@@ -92,20 +99,23 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         return Run.load(folder)
     resolve(settings)  # a wrong model name is told before the data are read
     device = device_of(settings.device)
+    memory.begin(device)
     data = load_data(settings)
     built = build(settings, len(data.classes))
     precision = choose(settings.precision, device, built.model)
     count, nodes = processes(settings.devices)
     world = count * nodes
     sizes = step_sizes(len(data.train), settings.batch_size, world, settings.accumulate)
+    average = Average(built.model, settings.ema) if settings.ema else None
     task = Classify(
         built.model,
         settings,
         classes=len(data.classes),
         sizes=sizes,
         parts=world * settings.accumulate,
-        mixer=mixer_of(settings),
+        mixer=mixer_of(settings, built, data, average),
         guide=guide_of(settings, built.model),
+        average=average,
     )
     record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)
     show = Show(record) if progress is True else None
@@ -210,8 +220,9 @@ def _finish(
             workers=_workers(settings, data),
         )
         if predictions is not None:
-            outcome.write_predictions(folder, name, predictions)
-            sets[name] = outcome.scores(predictions)
+            gaps = outcome.label_gaps(built, images, task.mixer, settings, device) if first else None
+            outcome.write_predictions(folder, name, predictions, gaps)
+            sets[name] = outcome.scores(predictions, gaps)
     if not first:
         trainer.strategy.barrier("results")
         return
@@ -232,6 +243,7 @@ def _finish(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": trainer.world_size,
         "precision": precision,
+        "peak_memory": memory.peak(device),
         "seconds": seconds,
         "images_per_second": len(data.train) * len(rows) / seconds,
         "command": settings.command(),

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with a learning rate per block, and its schedule.
+"""The optimiser, with a learning rate per block, and its schedule.
 
     lr(step, block) = lr * layer_decay^(blocks above it) * warm-up and cosine(step)         Bao et al., 2022 (BEiT)
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0, head_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW groups of a timm model, each with `lr_scale` = layer_decay^(layers below the head) and `name`.
+    """Optimiser groups of a timm model, each with `lr_scale` = layer_decay^(layers below the head) and `name`.
 
     Biases, norms and the parameters that the model names (position embeddings, tokens) are not decayed. The new
     classifier is `head_lr_factor` times as fast. Frozen parameters are left out.

@@ -16,21 +16,42 @@ from foveal.data.images import Data, Images
 from foveal.evaluate.predict import Predictions, predict
 from foveal.train.errors import RunError
 from foveal.train.files import whole_file, write_text
+from foveal.train.models import Built
 from foveal.train.names import unknown
+from foveal.train.settings import Settings
 
 SAMPLES = 8  # training images that samples.npz shows
 
 
-def scores(predictions: Predictions) -> dict[str, Any]:
-    """n, loss, accuracy, balanced accuracy (mean recall of the classes present), pointing (None without masks)."""
+def scores(predictions: Predictions, gaps: Tensor | None = None) -> dict[str, Any]:
+    """n, loss, accuracy, balanced accuracy (mean recall of the classes present), ece, pointing and inconsistency.
+
+    gaps: (N,) of `label_gaps`. Pointing and inconsistency are None without masks.
+    """
     loss = torch.nn.functional.cross_entropy(predictions.logits.double(), predictions.labels)
+    measured = None if gaps is None else gaps[gaps.isfinite()].double()
     return {
         "n": len(predictions),
         "loss": float(loss),
         "accuracy": predictions.accuracy,
         "balanced_accuracy": predictions.balanced_accuracy,
+        "ece": None,
         "pointing": predictions.mean_pointing,
+        "inconsistency": None
+        if gaps is None or measured is None or not len(measured)
+        else {"gap": float(measured.mean()), "n": len(gaps), "skipped": len(gaps) - len(measured)},
     }
+
+
+def label_gaps(built: Built, images: Images, mixer: Any, settings: Settings, device: torch.device) -> Tensor | None:
+    """How far the labels that the run's mixer gives are from what can be seen: (N,), NaN where undecided.
+
+    Pairs of test images are mixed as in training, with the trained model; every arm and seed of a comparison mixes
+    the same pairs. None for images without masks.
+    """
+    if images.masks is None:
+        return None
+    return None
 
 
 def bg_gap(sets: dict[str, dict[str, Any]]) -> float | None:
@@ -72,9 +93,12 @@ def joined(parts: list[tuple[Predictions, int]]) -> Predictions:
     return replace(first, index=index, **whole)  # type: ignore[arg-type]
 
 
-def write_predictions(folder: Path, name: str, predictions: Predictions) -> None:
-    """predictions/<name>.npz, one array per field that is there. Raises RunError where the disk does not take it."""
-    values = {one.name: getattr(predictions, one.name) for one in fields(predictions)}
+def write_predictions(folder: Path, name: str, predictions: Predictions, gaps: Tensor | None = None) -> None:
+    """predictions/<name>.npz, one array per field that is there, and the gaps of the mixer's labels as `label_gap`.
+
+    Raises RunError where the disk does not take it.
+    """
+    values = {one.name: getattr(predictions, one.name) for one in fields(predictions)} | {"label_gap": gaps}
     with whole_file(folder / "predictions" / f"{name}.npz") as file:
         np.savez(file, **{k: np.asarray(v) for k, v in values.items() if v is not None})  # type: ignore[arg-type]
 
@@ -87,7 +111,17 @@ def read_predictions(folder: Path, name: str) -> Predictions:
     with np.load(path) as arrays:
         values: dict[str, Any] = {"pointing": None, "attention": None}
         values |= {k: str(v) if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in arrays.items()}
+    values.pop("label_gap", None)
     return Predictions(**values)
+
+
+def read_label_gaps(folder: Path, name: str) -> Tensor | None:
+    """(N,) gaps of the labels that the run's mixer gives on a test set; None where they were not measured."""
+    path = folder / "predictions" / f"{name}.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays["label_gap"]) if "label_gap" in arrays else None
 
 
 def write_samples(folder: Path, batch: Batch, config: ImageConfig, mixer: Any, model: nn.Module, seed: int) -> None:

@@ -6,6 +6,7 @@
 4 remove what the checkpoint no longer names
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,15 +106,16 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
                 "epoch": epoch,
                 "step": first + step + 1,
                 "lr": rates[step],
-                **dict(zip(task.columns, values, strict=True)),
+                **dict(zip(task.columns, map(_or_none, values), strict=True)),
             }
             for step, values in enumerate(curve.tolist())
         ]
         self.steps.append(rows)
         # the mean over samples: the steps' means weighed by their sizes
-        mean = (curve.double() * task.sizes[:, None]).sum(0) / task.sizes.sum()
+        sizes = task.sizes[:, None] * curve.isfinite()
+        mean = (curve.double().nan_to_num() * sizes).sum(0) / sizes.sum(0)
         row: Row = {"epoch": epoch, "lr": rates[-1]}
-        row |= {f"train_{name}": float(value) for name, value in zip(task.columns, mean, strict=True)}
+        row |= {f"train_{name}": _or_none(float(value)) for name, value in zip(task.columns, mean, strict=True)}
         row |= {
             "val_loss": scores.loss,
             "val_accuracy": scores.accuracy,
@@ -125,8 +127,13 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         self.latest = row
         for line in rows:
             for name in ("lr", *task.columns):
-                self.board.add_scalar(f"step/{name}", line[name], line["step"])
+                if line[name] is not None:
+                    self.board.add_scalar(f"step/{name}", line[name], line["step"])
         for name, value in row.items():
             if name not in ("epoch", "lr") and value is not None:
                 self.board.add_scalar(f"epoch/{name}", value, first + task.steps)
         self.board.flush()
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

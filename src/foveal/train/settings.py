@@ -39,20 +39,31 @@ class Settings:
     image_size: int | None = _setting(None, "side of the input in pixels; null: the model's own")
     init: str = _setting("pretrained", "weights to start from: pretrained, none, demo, a file, or a run folder")
 
-    mix: str = _setting("none", "how images and labels are mixed: none, mixup, cutmix, mixup+cutmix, transmix")
+    mix: str = _setting("none", "how images and labels are mixed: none, mixup, cutmix, mixup+cutmix, transmix, ...")
     mix_args: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "settings of the mixer, such as {prob: 0.5, mode: elem}"}
     )
+    map: str | None = _setting(
+        None, "where to look, for mixers that follow a map: head_cosine, class_attention, ...; null: the mixer's own"
+    )
+    map_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"doc": "settings of the map, such as {sigma: 0.5}"}
+    )
+    map_model: str = _setting(
+        "self", "the network behind the map: self, ema, frozen (the initial weights), a run folder, a timm model"
+    )
+    map_warmup: int = _setting(0, "epochs before the map is trusted; until then every place counts alike")
     guide: str = _setting("none", "guidance towards the attention of the initial weights: none, gta")
     guide_weight: float = _setting(1.0, "weight of the guidance loss beside the task loss")
 
     epochs: int = _setting(30, "passes over the training images")
     batch_size: int = _setting(64, "images per device and forward")
     accumulate: int = _setting(1, "forwards per optimiser step")
-    lr: float = _setting(5e-4, "peak learning rate of the last layers, for AdamW")
+    optimizer: Literal["adamw", "sgd"] = _setting("adamw", "adamw, or sgd with Nesterov momentum 0.9")
+    lr: float = _setting(5e-4, "peak learning rate of the last layers")
     head_lr_factor: float = _setting(1.0, "times lr for the new classifier")
     layer_decay: float = _setting(0.75, "times lr for each block further from the head")
-    weight_decay: float = _setting(0.05, "AdamW's decay of matrices (never of biases, norms and embeddings)")
+    weight_decay: float = _setting(0.05, "decay of matrices (never of biases, norms and embeddings)")
     warmup_epochs: float | None = _setting(None, "epochs of linear warm-up before the cosine; null: 5 % of them")
     smoothing: float = _setting(0.0, "label smoothing, in [0, 1)")
     drop_path: float = _setting(0.0, "stochastic depth of the last block, in [0, 1)")
@@ -235,6 +246,8 @@ _RANGES: dict[str, tuple[str, typing.Callable[[Any], bool]]] = {
     "layer_decay": ("in (0, 1]", lambda v: 0 < v <= 1),
     "weight_decay": ("0 or more", lambda v: v >= 0),
     "warmup_epochs": ("0 or more", lambda v: v >= 0),
+    "map_warmup": ("0 or more", lambda v: v >= 0),
+    "map_model": ("self, ema, frozen, a run folder or a timm model", lambda v: bool(v)),
     "smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "drop_path": ("in [0, 1)", lambda v: 0 <= v < 1),
     "ema": ("in [0, 1)", lambda v: 0 <= v < 1),
@@ -253,7 +266,9 @@ def _check_choices(settings: Settings) -> None:
 
         if settings.mix not in MIXERS:
             raise SettingsError(unknown("mixer", settings.mix, MIXERS))
-        known = [one.name for one in dataclasses.fields(MIXERS[settings.mix]) if one.init and one.name != "seed"]
+        known = [
+            one.name for one in dataclasses.fields(MIXERS[settings.mix]) if one.init and one.name not in ("seed", "map")
+        ]
         for name in settings.mix_args:
             if name not in known:
                 raise SettingsError(unknown(f"setting of {settings.mix}", name, known))
@@ -261,6 +276,8 @@ def _check_choices(settings: Settings) -> None:
             MIXERS[settings.mix](**settings.mix_args)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"mix={settings.mix}: {error}") from None
+    if settings.map is not None or settings.map_args or settings.map_model != "self" or settings.map_warmup:
+        _check_map(settings)
     if settings.guide != "none":
         from foveal.transfer import GUIDES
 
@@ -271,3 +288,18 @@ def _check_choices(settings: Settings) -> None:
                 f"guide={settings.guide} keeps the attention of the initial weights, but init=none is random:"
                 " give pretrained weights or a file as init"
             )
+
+
+def _check_map(settings: Settings) -> None:
+    from foveal.mix import MIXERS
+    from foveal.train.mapping import check_options, name_of
+
+    name = name_of(settings)
+    if name is None:
+        following = ", ".join(mix for mix, kind in MIXERS.items() if "map" in kind.__dataclass_fields__)
+        raise SettingsError(f"mix={settings.mix} follows no map; those that do: {following}")
+    check_options(name, settings)
+    if settings.map_model == "ema" and not settings.ema:
+        raise SettingsError("map_model=ema is the averaged model, but ema=0 keeps none: give ema, such as 0.999")
+    if settings.map_warmup >= settings.epochs:
+        raise SettingsError(f"map_warmup={settings.map_warmup} must be below epochs={settings.epochs}")

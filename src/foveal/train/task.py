@@ -37,7 +37,7 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
     """Training a timm model on class labels.
 
     model: the only submodule, so checkpoints and gradient buckets hold nothing else; the mixer, the guide (or None)
-    and the averaged weights live beside it. classes: number of classes C. sizes: images in each
+    and the running average of the weights (or None) live beside it. classes: number of classes C. sizes: images in each
     optimiser step of an epoch. parts: micro-batches of a step on all processes together.
     """
 
@@ -51,15 +51,18 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         parts: int,
         mixer: Any,
         guide: Any,
+        average: Average | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.settings, self.classes, self.parts = settings, classes, parts
         self.sizes, self.steps = torch.tensor(sizes), len(sizes)
         self._beside = (mixer, guide)  # in a tuple, so that a module among them is not registered
-        self.average = Average(model, settings.ema) if settings.ema else None
-        self.columns = ("loss", "accuracy") + (() if guide is None else (settings.guide,))
-        self.curve = torch.zeros(self.steps, len(self.columns))
+        self.average = average
+        guided = () if guide is None else (settings.guide,)
+        self.columns = ("loss", "accuracy", *mixer.terms, *guided, *mixer.measures)
+        self.measured = len(mixer.measures)  # the last columns; a step may have nothing to measure
+        self.curve, self.weighed = self._no_curve()
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0, "loss": float("inf")}
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation images than processes
@@ -72,14 +75,21 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
     # -- training
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with a group per block; the rates are set at every step."""
+        """A group per block; the rates are set at every step."""
         s = self.settings
         groups = parameter_groups(self.model, s.weight_decay, s.layer_decay, s.head_lr_factor)
+        if s.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=s.lr, momentum=0.9, nesterov=True)
         return torch.optim.AdamW(groups, lr=s.lr, fused=self.device.type in ("cpu", "cuda"))
 
     def on_train_epoch_start(self) -> None:
         """A fresh curve, on the device."""
-        self.curve = torch.zeros(self.steps, len(self.columns), device=self.device)
+        self.curve, self.weighed = self._no_curve()
+
+    def _no_curve(self) -> tuple[Tensor, Tensor]:
+        """Sums of what the steps measured, and of the weights of the measurements there were: (steps, columns)."""
+        zero = torch.zeros(self.steps, len(self.columns), device=self.device)
+        return zero, zero.clone()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """As it is: batches are made on the device."""
@@ -90,25 +100,34 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         s, epoch, step = self.settings, self.current_epoch, batch.micro // self.parts
         set_rates(self.optimizers(use_pl_optimizer=False), s.lr, self.rate(epoch * self.steps + step))
         reseed(s.seed, "step", epoch, batch.micro)
-        losses, accuracy = self.forward_loss(batch, generator(s.seed, "mix", epoch, batch.micro))
+        losses, measures = self.forward_loss(batch, generator(s.seed, "mix", epoch, batch.micro))
         total = torch.stack(list(losses.values())).sum()
-        self._note(step, [total, accuracy, *list(losses.values())[1:]], batch.weight)
+        told = {"loss": total} | measures | losses
+        self._note(step, [told[name] for name in self.columns], batch.weight)
         return total * batch.weight
 
-    def forward_loss(self, batch: Batch, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """One forward under the mixer and the guide: {"task": loss, guide's losses...} and the accuracy.
+    def forward_loss(self, batch: Batch, rng: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One forward under the mixer and the guide: {"task": loss, the mixer's and the guide's...}, and measures.
 
-        The accuracy counts a prediction by the weight that the mixed label gives it.
+        measures: the accuracy, which counts a prediction by the weight that the mixed label gives it, and the mixer's.
         """
         mixer, guide = self.mixer, self._beside[1]
-        with mixer.on(self.model, batch.images, batch.labels, rng=rng, num_classes=self.classes) as step:
+        with mixer.on(
+            self.model,
+            batch.images,
+            batch.labels,
+            rng=rng,
+            num_classes=self.classes,
+            given=batch.masks,
+            trusted=self.current_epoch >= self.settings.map_warmup,
+        ) as step:
             with nullcontext() if guide is None else guide.on(self.model, step.images) as guided:
                 logits = self.model(step.images).float()
-            losses = {"task": step.loss(logits, smoothing=self.settings.smoothing)}
-            accuracy = step.accuracy(logits)
+            losses = step.losses(logits, smoothing=self.settings.smoothing)
+            measures = {"accuracy": step.accuracy(logits).detach()} | step.measures()
         if guided is not None:
             losses |= guided.losses()
-        return losses, accuracy.detach()
+        return losses, measures
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the averaged weights."""
@@ -123,7 +142,13 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         return shape(step, s.epochs * self.steps, round(warmup_epochs * self.steps))
 
     def _note(self, step: int, values: list[Tensor], weight: float) -> None:
-        self.curve[step] += torch.stack([v.detach().float() for v in values]) * (weight / self.parts)
+        row = torch.stack([v.detach().float() for v in values])
+        there = torch.ones_like(row)
+        if self.measured:  # NaN says that there was nothing to measure
+            there[-self.measured :] = row[-self.measured :].isfinite()
+            row[-self.measured :].nan_to_num_()
+        self.curve[step] += row * (weight / self.parts)
+        self.weighed[step] += there * (weight / self.parts)
         if self.device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
             self._check(step)
 
@@ -138,9 +163,18 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
             )
 
     def epoch_curve(self) -> Tensor:
-        """What each step of the finished epoch measured, over all processes: (steps, columns) on the CPU."""
+        """What each step of the finished epoch measured, over all processes: (steps, columns) on the CPU.
+
+        NaN where a step had nothing to measure.
+        """
         self._check(self.steps - 1)
-        return torch.as_tensor(self.trainer.strategy.reduce(self.curve, reduce_op="sum")).cpu()
+        curve, weighed = (
+            torch.as_tensor(self.trainer.strategy.reduce(part, reduce_op="sum")).cpu()
+            for part in (self.curve, self.weighed)
+        )
+        if self.measured:  # means over the micro-batches that measured; the other columns have weights of 1
+            curve[:, -self.measured :] /= weighed[:, -self.measured :]
+        return curve
 
     # -- validation
 
