@@ -23,6 +23,7 @@ from foveal import maps
 from foveal.maps import Found, Source
 from foveal.mix.mixed import Mixed
 from foveal.mix.mixer import DrawT, Mixer, Step, Term
+from foveal.mix.windows import check_grid
 
 
 @dataclass(kw_only=True)
@@ -47,9 +48,15 @@ class MapMixer(Mixer[DrawT]):
         """The cells (h, w) that `draw` is told of; None for a mixer that works on pixels."""
         return None
 
-    def added(self, model: nn.Module, images: Tensor, found: Found | None, draw: DrawT) -> Mapping[str, Term]:
-        """Losses beside the task's, by name, made before the training forward."""
-        return {}
+    @contextmanager
+    def adding(
+        self, model: nn.Module, images: Tensor, labels: Tensor, found: Found | None, draw: DrawT
+    ) -> Iterator[Mapping[str, Term]]:
+        """Around the training forward: gives the losses beside the task's, by name.
+
+        images, labels: unmixed.  found: their maps, None where this step follows none.
+        """
+        yield {}
 
     def source(self, model: nn.Module) -> Source:
         """The source of the maps: the one given, or that of this name for `model`."""
@@ -59,6 +66,10 @@ class MapMixer(Mixer[DrawT]):
             self._made = (weakref.ref(model), maps.make(self.map, model))
         made: Source = self._made[1]
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the source that was made by name: a copy of a mixer holds no copy of a model."""
+        return {**self.__dict__, "_made": None}
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -83,9 +94,43 @@ class MapMixer(Mixer[DrawT]):
         source = self.source(model)  # a model that does not fit fails at the first step, whatever is drawn
         found = source(images, labels, given) if trusted and self.follows(draw) else None
         mixed = self.apply(images, draw, None if found is None else found.map)
-        terms = self.added(model, images, found, draw)
-        with self.relabelling(model, draw) as relabel:
+        with (
+            self.adding(model, images, labels, found, draw) as terms,
+            self.relabelling(model, draw) as relabel,
+        ):
             yield Step(mixed, labels, num_classes, relabel, terms, _measured(images, found, given))
+
+
+@dataclass(kw_only=True)
+class CellMixer(MapMixer[DrawT]):
+    """A mixer with a map that cuts along whole cells.
+
+    cells: of the grid, (h, w) or one number for both; None takes the model's own: the patches of a ViT, the last feature
+    map of a CNN. Image sides must be multiples of it.
+    """
+
+    cells: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cells, int):
+            self.cells = (self.cells, self.cells)
+        elif self.cells is not None:
+            h, w = self.cells
+            self.cells = (int(h), int(w))
+        if self.cells is not None and min(self.cells) < 1:
+            raise ValueError(f"cells={self.cells} but a grid has at least one cell in each direction")
+
+    def grid(self, model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The cells that were asked for, or the model's."""
+        assert self.cells is None or isinstance(self.cells, tuple)
+        return maps.cells(model, image_size) if self.cells is None else self.cells
+
+    def _grid(self, grid: tuple[int, int] | None, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of a draw, checked."""
+        grid = self.cells if grid is None else grid  # type: ignore[assignment]  # a pair since __post_init__
+        if grid is None:
+            raise ValueError(f"{type(self).__name__} cuts along cells: draw with grid=(h, w), or set cells")
+        return check_grid(grid, image_size)
 
 
 def _measured(images: Tensor, found: Found | None, given: Tensor | None) -> dict[str, Tensor]:

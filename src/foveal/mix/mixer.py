@@ -24,7 +24,7 @@ from foveal.mix.losses import LOSSES
 from foveal.mix.mixed import Mixed
 
 Relabel = Callable[[Mixed], Mixed]
-Term = Callable[[Mixed, Tensor], Tensor]  # (mixed batch, logits (B, C)) -> weighted scalar
+Term = Callable[[Mixed, Tensor, float], Tensor]  # (mixed batch, logits (B, C), smoothing) -> weighted scalar
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ class Mixer(ABC, Generic[DrawT]):
         """Names of the losses that its steps add to the task's: the further keys of `Step.losses`."""
         return ()
 
+    def module(self, model: nn.Module, num_classes: int, seed: int = 0) -> nn.Module | None:
+        """What of this mixer is trained beside the model: None for most; made at the first call, then the same one.
+
+        Whoever trains the model gives its parameters to the optimiser and its state to checkpoints, not to exported
+        weights: nothing of it is needed after training.  seed: of its initial weights.
+        """
+        return None
+
     @contextmanager
     def on(
         self,
@@ -115,7 +123,8 @@ class Mixer(ABC, Generic[DrawT]):
 class Step:
     """A mixed batch during its training step.
 
-    terms: losses beside the task's, by name, each asked with the final `Mixed` and the logits.  measures: what to log.
+    terms: losses beside the task's, by name, each asked with the final `Mixed`, the logits and the smoothing.
+    measures: what to log.
     """
 
     def __init__(
@@ -161,7 +170,7 @@ class Step:
         mixed = self._final()
         targets = mixed.targets(self._labels, logits.shape[-1], smoothing, multi_label)
         return {"task": LOSSES[kind](logits, targets)} | {
-            name: term(mixed, logits) for name, term in self._terms.items()
+            name: term(mixed, logits, smoothing) for name, term in self._terms.items()
         }
 
     def measures(self) -> dict[str, Tensor]:
