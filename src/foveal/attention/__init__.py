@@ -5,7 +5,7 @@
 >>> seen.class_attention()                           # doctest: +SKIP
 """
 
-from foveal.attention.door import Door, attach
+from foveal.attention.door import Door, attach, unseen
 from foveal.attention.errors import ReadError, UnsupportedModelError
 from foveal.attention.layout import TokenLayout
 from foveal.attention.seen import Look, Seen, Support, read, supported
@@ -21,4 +21,5 @@ __all__ = [
     "attach",
     "read",
     "supported",
+    "unseen",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveal.attention.errors import UnsupportedModelError
 from foveal.attention.layout import TokenLayout
 
-ROWS = ("class_logits", "received", "mean_query", "full")
+ROWS = ("class_logits", "received", "patch_received", "mean_query", "full")
 PARTS = ("queries", "keys", "values", "tokens", "attn_out", "block_out")
 WHAT = ROWS + PARTS
 
@@ -276,7 +276,7 @@ def _layer(
         what = ("class_logits", "full", "queries", "keys", "values")
         return Layer(block_name, kind, module, block, layout, what)
     if kind == "window":
-        return Layer(block_name, kind, module, block, layout, ("received",))
+        return Layer(block_name, kind, module, block, layout, ("received", "patch_received"))
     if kind == "global":
         return _hiera_layer(trunk, block_name, module, block, layout)
     rotation: tuple[nn.Module, nn.Module] | None = None
@@ -317,7 +317,8 @@ def _hiera_layer(trunk: nn.Module, name: str, module: nn.Module, block: nn.Modul
         rolled = trunk.reroll(x.reshape(-1, x.shape[-1], 1), before)  # type: ignore[operator]
         return rolled.reshape(*lead, -1)  # type: ignore[no-any-return]
 
-    return Layer(name, "global", module, block, layout, ("received", "mean_query"), None, reorder, size)  # type: ignore[arg-type]
+    what = ("received", "patch_received", "mean_query")
+    return Layer(name, "global", module, block, layout, what, None, reorder, size)  # type: ignore[arg-type]
 
 
 STEMS = (

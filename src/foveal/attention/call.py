@@ -7,6 +7,7 @@ block saves the same tensors as its first run.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,6 +136,8 @@ class Call:
             return rows.widen(raw.logits).softmax(-1) if raw.logits is not None else self._map(raw)
         if what == "received":
             value = self._received(raw, self._valid_tokens(layer))
+        elif what == "patch_received":
+            value = self._patch_received(layer, raw)
         elif what == "mean_query":
             value = self._mean_query(layer, raw)
         else:
@@ -169,6 +172,17 @@ class Call:
             return attn.mean(-2)
         share = valid.to(attn.dtype) / valid.sum(-1, keepdim=True)
         return torch.einsum("bhit,bi->bht", attn, share)
+
+    def _patch_received(self, layer: Layer, raw: Caught) -> Tensor:
+        """As `received`, over the patches' queries only."""
+        P = layer.layout.prefix
+        if raw.logits is not None:
+            return self._received(Caught(logits=raw.logits[:, :, P:]), self.valid)
+        assert raw.q is not None
+        mask = raw.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, P:]
+        return self._received(replace(raw, q=raw.q[:, :, P:], mask=mask), self.valid)
 
     def _mean_query(self, layer: Layer, raw: Caught) -> Tensor:
         P = layer.layout.prefix

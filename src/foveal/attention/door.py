@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class _State:
         self.calls: list[Call] = []
         self.current: Call | None = None
         self.readers: list[Any] = []
-        self.paused = 0
 
 
 class Door:
@@ -106,18 +105,22 @@ class Door:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards of this thread in here are not seen: for extra forwards of one's own."""
-        state = self.own_state()
-        state.paused += 1
+        """Forwards of this thread in here are not seen by readers from outside: for extra forwards of one's own.
+
+        A reader opened in here sees the forwards in here.
+        """
+        thread = threading.get_ident()
+        state, latest = self.own_state(), self.latest
+        self.states[thread] = self.latest = _State()
         try:
             yield
         finally:
-            state.paused -= 1
+            self.states[thread], self.latest = state, latest
 
     def reading(self) -> _State | None:
         """The state, if some reader of this thread is to see what runs now."""
         state = self.state()
-        if state is None or not state.needs or state.paused:
+        if state is None or not state.needs:
             return None
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return None  # inside a backward: a checkpointed block is being recomputed
@@ -351,6 +354,20 @@ def door_of(model: nn.Module) -> Door | None:
         if isinstance(hook, _RootPre):
             return hook.door
     return None
+
+
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Forwards of `model` and its parts in here are not seen by readers from outside, whatever they read.
+
+    A reader opened in here sees the forwards in here. Fits every module, also one that cannot be read.
+    """
+    hooks: list[Any] = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    doors = {id(hook.door): hook.door for hook in hooks if isinstance(hook, _Hook)}
+    with ExitStack() as stack:
+        for door in doors.values():
+            stack.enter_context(door.paused())
+        yield
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -29,8 +29,8 @@ def read(model: nn.Module, layers: Layers = -1, what: str | Sequence[str] = "cla
     """Read attention off the next forward of `model`.
 
     layers: -1 counts self-attention blocks from the end; a name ("blocks.3", "attn_pool"); several; or "all".
-    what: one or several of class_logits (class_attention follows from them), received, mean_query, full, queries, keys,
-    values, tokens, attn_out, block_out. Only that is computed and kept.
+    what: one or several of class_logits (class_attention follows from them), received, patch_received, mean_query,
+    full, queries, keys, values, tokens, attn_out, block_out. Only that is computed and kept.
 
     The forward is bitwise what it is without reading, and values are differentiable when it is. Raises
     UnsupportedModelError for a model that cannot be read exactly, ValueError for a layer or value that is not there.
@@ -78,6 +78,10 @@ class Look:
     def received(self, prefix: bool = False) -> Any:
         """Attention each patch receives, mean over all queries: (B, H, N). Over all columns it sums to 1."""
         return self._each("received", lambda x, i: self._columns(self._hide(x, i, 0.0), i, prefix))
+
+    def patch_received(self, prefix: bool = False) -> Any:
+        """Attention each patch receives from patches, mean over their queries: (B, H, N). See received."""
+        return self._each("patch_received", lambda x, i: self._columns(self._hide(x, i, 0.0), i, prefix))
 
     def mean_query(self, prefix: bool = False) -> Any:
         """Logits of the mean patch query: (B, H, N). A class-free cousin of the class row."""
@@ -300,6 +304,10 @@ class Seen:
     def received(self, prefix: bool = False) -> Any:
         """See Look.received."""
         return self.look.received(prefix)
+
+    def patch_received(self, prefix: bool = False) -> Any:
+        """See Look.patch_received."""
+        return self.look.patch_received(prefix)
 
     def mean_query(self, prefix: bool = False) -> Any:
         """See Look.mean_query."""

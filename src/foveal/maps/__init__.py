@@ -5,6 +5,41 @@
 >>> found.map                                             # (B, h, w)    # doctest: +SKIP
 """
 
-from foveal.maps.found import Found, Source, found, on_grid
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["Found", "Source", "found", "on_grid"]
+from foveal.maps.attended import ClassAttention, ReceivedAttention
+from foveal.maps.cells import cells
+from foveal.maps.errors import MapModelError
+from foveal.maps.features import Features, classifier, features
+from foveal.maps.found import Found, Source, found, on_grid
+from foveal.maps.head_cosine import HeadCosine
+from foveal.maps.label_term import above, class_means, label_cosine
+from foveal.maps.make import make
+
+MAPS: dict[str, Callable[..., Any]] = {
+    "head_cosine": HeadCosine,
+    "class_attention": ClassAttention,
+    "received_attention": ReceivedAttention,
+}
+"""Sources by name. One that takes `model` is given the model, one that takes `mean` and `std` the normalisation."""
+
+__all__ = [
+    "MAPS",
+    "ClassAttention",
+    "Features",
+    "Found",
+    "HeadCosine",
+    "MapModelError",
+    "ReceivedAttention",
+    "Source",
+    "above",
+    "cells",
+    "class_means",
+    "classifier",
+    "features",
+    "found",
+    "label_cosine",
+    "make",
+    "on_grid",
+]

@@ -1,0 +1,54 @@
+"""An extra forward that leaves no trace: how every source runs its model.
+
+Inside `asking(model)` the model is in evaluation, nothing has gradient, and readers opened outside see nothing of it.
+Afterwards, also when the forward raised, every module is in the mode it was in. Statistics of batch norm do not move in
+evaluation, and a forward in evaluation draws no chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from foveal.attention import unseen
+
+
+@contextmanager
+def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
+    """Run `model` in here as often as needed. gradient: keep the graph, for sources that differentiate the input."""
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(unseen(model))
+        stack.enter_context(_own_casts(model))
+        stack.enter_context(torch.set_grad_enabled(gradient))
+        try:
+            for module, _ in modes:
+                module.training = False  # not eval(): what a module does besides (merging adapters) would be a trace
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def _own_casts(model: nn.Module) -> Iterator[None]:
+    """Autocast as it is outside, but without its cache.
+
+    A weight cast here has no gradient; the training forward inside the same autocast block would find that cast in the
+    cache and train nothing.
+    """
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        yield
+        return
+    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
+        yield
+
+
+def as_wanted(model: nn.Module, images: Tensor) -> Tensor:
+    """Images in the float type of the model's weights: a guide may run in another than the model being trained."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    return images.to(dtype)
