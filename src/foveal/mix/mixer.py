@@ -80,6 +80,13 @@ class Mixer(ABC, Generic[DrawT]):
         """
         return None
 
+    def learned(self, model: nn.Module, num_classes: int) -> nn.Module | None:
+        """The mixer's own trained part for this model, made at the first call; None for one that learns nothing.
+
+        The task optimises and checkpoints it. It is never part of the model or of exported weights.
+        """
+        return None
+
     @contextmanager
     def on(
         self,

@@ -36,7 +36,8 @@ class Validation:
 class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is not typed for mypy here
     """Training a timm model on class labels.
 
-    model: the only submodule, so checkpoints and gradient buckets hold nothing else; the mixer, the guide (or None)
+    model: the only submodule but for what the mixer learns itself, so checkpoints and gradient buckets hold nothing
+    else; the mixer, the guide (or None)
     and the running average of the weights (or None) live beside it. classes: number of classes C. sizes: images in each
     optimiser step of an epoch. parts: micro-batches of a step on all processes together.
     """
@@ -58,6 +59,7 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         self.settings, self.classes, self.parts = settings, classes, parts
         self.sizes, self.steps = torch.tensor(sizes), len(sizes)
         self._beside = (mixer, guide)  # in a tuple, so that a module among them is not registered
+        self.mixing = mixer.learned(model, classes)  # registered: optimised, checkpointed, never exported
         self.average = average
         guided = () if guide is None else (settings.guide,)
         self.columns = ("loss", "accuracy", *mixer.terms, *guided, *mixer.measures)
@@ -78,6 +80,9 @@ class Classify(lightning.LightningModule):  # type: ignore[misc]  # Lightning is
         """A group per block; the rates are set at every step."""
         s = self.settings
         groups = parameter_groups(self.model, s.weight_decay, s.layer_decay, s.head_lr_factor)
+        if self.mixing is not None:
+            groups.append({"params": list(self.mixing.parameters()), "lr_scale": 1.0, "name": "mixing"})
+            groups[-1]["weight_decay"] = 0.0
         if s.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=s.lr, momentum=0.9, nesterov=True)
         return torch.optim.AdamW(groups, lr=s.lr, fused=self.device.type in ("cpu", "cuda"))
