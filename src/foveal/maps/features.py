@@ -46,6 +46,7 @@ class _Family:
     features: Callable[[Any, Tensor], Features]
     head: Callable[[Any], Any]  # the classifier module
     width: Callable[[Any], int]  # D of the tokens
+    norm: Callable[[Any], Callable[[Tensor], Tensor]] | None = None  # from the last block's patch tokens to the tokens
 
 
 def features(model: nn.Module, images: Tensor) -> Features:
@@ -112,6 +113,18 @@ def width(model: nn.Module) -> int:
     return _family(model).width(model)
 
 
+def last_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the last block's patch tokens go through to become the tokens of `features`: (B, N, D) to (B, N, D).
+
+    Raises MapModelError where that is not known.
+    """
+    model = bare(model)
+    norm = _family(model).norm
+    if norm is None:
+        raise MapModelError(f"the last norm of {type(model).__name__} is not known")
+    return norm(model)
+
+
 def _linear(head: Any) -> Any:
     """The one linear layer of a head, or what it is instead."""
     if isinstance(head, nn.Linear):
@@ -150,7 +163,7 @@ def _timm_features(model: Any, images: Tensor) -> Features:
         raise MapModelError(
             f"the features of {type(model).__name__} are {type(x).__name__}, not one grid of tokens for all images"
         )
-    norm = getattr(model, "fc_norm", None) or getattr(getattr(model, "head", None), "norm", None) or nn.Identity()
+    norm = _pooled_norm(model)
     if x.dim() == 4:
         last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         grid = x.shape[1:3] if last else x.shape[2:4]
@@ -165,6 +178,16 @@ def _timm_features(model: Any, images: Tensor) -> Features:
     return Features(norm(x[:, int(getattr(model, "num_prefix_tokens", 0)) :]), (int(h), int(w)), logits)
 
 
+def _pooled_norm(model: Any) -> Any:
+    """The norm that comes after pooling in models that pool first."""
+    return getattr(model, "fc_norm", None) or getattr(getattr(model, "head", None), "norm", None) or nn.Identity()
+
+
+def _timm_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    norm, pooled = getattr(model, "norm", None) or nn.Identity(), _pooled_norm(model)
+    return lambda x: pooled(norm(x))
+
+
 def _timm_head(model: Any) -> Any:
     hidden = getattr(getattr(model, "head", None), "pre_logits", None)
     if isinstance(hidden, nn.Module) and not isinstance(hidden, nn.Identity):
@@ -173,7 +196,7 @@ def _timm_head(model: Any) -> Any:
     return head[0] if isinstance(head, tuple) else head  # distilled: the class token's, then the distillation token's
 
 
-TIMM = _Family(_timm_features, _timm_head, lambda model: int(model.num_features))
+TIMM = _Family(_timm_features, _timm_head, lambda model: int(model.num_features), _timm_norm)
 
 
 # -- torchvision and transformers
@@ -215,10 +238,15 @@ def _hidden_size(model: Any) -> int:
     return int(model.config.hidden_size)
 
 
-_HF = _Family(_transformers, lambda model: model.classifier, _hidden_size)
+def _hf_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    norm: Callable[[Tensor], Tensor] = model.base_model.layernorm
+    return norm
+
+
+_HF = _Family(_transformers, lambda model: model.classifier, _hidden_size, _hf_norm)
 OTHERS = {
     "torchvision.models.vision_transformer.VisionTransformer": _Family(
-        _torchvision_vit, lambda model: model.heads, lambda model: int(model.hidden_dim)
+        _torchvision_vit, lambda model: model.heads, lambda model: int(model.hidden_dim), lambda model: model.encoder.ln
     ),
     "torchvision.models.swin_transformer.SwinTransformer": _Family(
         _torchvision_swin, lambda model: model.head, lambda model: int(model.norm.normalized_shape[0])
@@ -229,7 +257,7 @@ OTHERS = {
     "transformers.ViTForImageClassification": _HF,
     "transformers.DeiTForImageClassification": _HF,
     "transformers.DeiTForImageClassificationWithTeacher": _Family(
-        _transformers, lambda model: model.cls_classifier, _hidden_size
+        _transformers, lambda model: model.cls_classifier, _hidden_size, _hf_norm
     ),
     "transformers.Dinov2ForImageClassification": _HF,
     "transformers.Dinov2WithRegistersForImageClassification": _HF,

@@ -72,14 +72,6 @@ class Mixer(ABC, Generic[DrawT]):
         """Names of the losses that its steps add to the task's: the further keys of `Step.losses`."""
         return ()
 
-    def module(self, model: nn.Module, num_classes: int, seed: int = 0) -> nn.Module | None:
-        """What of this mixer is trained beside the model: None for most; made at the first call, then the same one.
-
-        Whoever trains the model gives its parameters to the optimiser and its state to checkpoints, not to exported
-        weights: nothing of it is needed after training.  seed: of its initial weights.
-        """
-        return None
-
     def learned(self, model: nn.Module, num_classes: int) -> nn.Module | None:
         """The mixer's own trained part for this model, made at the first call; None for one that learns nothing.
 
