@@ -8,36 +8,48 @@
 from collections.abc import Callable
 from typing import Any
 
+from foveal.maps.annotations import box_mask, fixation_map
 from foveal.maps.attended import ClassAttention, ReceivedAttention
 from foveal.maps.cells import cells
+from foveal.maps.centre_surround import CentreSurround
 from foveal.maps.errors import MapModelError
 from foveal.maps.features import Features, classifier, features
 from foveal.maps.found import Found, Source, found, on_grid
+from foveal.maps.given import Given
 from foveal.maps.head_cosine import HeadCosine
 from foveal.maps.label_term import above, class_means, label_cosine
 from foveal.maps.make import make
+from foveal.maps.spectral import SpectralResidual
 
 MAPS: dict[str, Callable[..., Any]] = {
     "head_cosine": HeadCosine,
     "class_attention": ClassAttention,
     "received_attention": ReceivedAttention,
+    "centre_surround": CentreSurround,
+    "spectral_residual": SpectralResidual,
+    "given": Given,
 }
 """Sources by name. One that takes `model` is given the model, one that takes `mean` and `std` the normalisation."""
 
 __all__ = [
     "MAPS",
+    "CentreSurround",
     "ClassAttention",
     "Features",
     "Found",
+    "Given",
     "HeadCosine",
     "MapModelError",
     "ReceivedAttention",
     "Source",
+    "SpectralResidual",
     "above",
+    "box_mask",
     "cells",
     "class_means",
     "classifier",
     "features",
+    "fixation_map",
     "found",
     "label_cosine",
     "make",
