@@ -16,17 +16,23 @@ from foveal.maps.errors import MapModelError
 from foveal.maps.features import Features, classifier, features
 from foveal.maps.found import Found, Source, found, on_grid
 from foveal.maps.given import Given
+from foveal.maps.gradient import InputGradient
 from foveal.maps.head_cosine import HeadCosine
+from foveal.maps.label_biased import LabelBiased
 from foveal.maps.label_term import above, class_means, label_cosine
 from foveal.maps.make import make
 from foveal.maps.spectral import SpectralResidual
+from foveal.maps.topdown import TopDown, topdown_loss
 
 MAPS: dict[str, Callable[..., Any]] = {
     "head_cosine": HeadCosine,
+    "topdown": TopDown,
+    "label_biased": LabelBiased,
     "class_attention": ClassAttention,
     "received_attention": ReceivedAttention,
     "centre_surround": CentreSurround,
     "spectral_residual": SpectralResidual,
+    "input_gradient": InputGradient,
     "given": Given,
 }
 """Sources by name. One that takes `model` is given the model, one that takes `mean` and `std` the normalisation."""
@@ -39,10 +45,13 @@ __all__ = [
     "Found",
     "Given",
     "HeadCosine",
+    "InputGradient",
+    "LabelBiased",
     "MapModelError",
     "ReceivedAttention",
     "Source",
     "SpectralResidual",
+    "TopDown",
     "above",
     "box_mask",
     "cells",
@@ -54,4 +63,5 @@ __all__ = [
     "label_cosine",
     "make",
     "on_grid",
+    "topdown_loss",
 ]
