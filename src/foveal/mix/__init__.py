@@ -7,13 +7,19 @@
 
 from typing import Any
 
+from foveal.mix.attentivemix import AttentiveMix
 from foveal.mix.cutmix import BoxDraw, CutMix
+from foveal.mix.guided import MapMixer
 from foveal.mix.losses import binary_cross_entropy, paired, soft_cross_entropy
 from foveal.mix.mixed import LabelWeights, Mixed, label_rows
 from foveal.mix.mixer import Draw, Mixer, Step
 from foveal.mix.mixup import Mixup, MixupDraw
 from foveal.mix.mixup_cutmix import BlendBoxDraw, MixupCutMix
 from foveal.mix.none import NoMix
+from foveal.mix.saliencymix import SaliencyMix
+from foveal.mix.smmix import SMMix
+from foveal.mix.tdattenmix import TdAttenMix
+from foveal.mix.tokenmix import TokenMix
 from foveal.mix.transmix import TransMix
 
 MIXERS: dict[str, type[Mixer[Any]]] = {
@@ -22,22 +28,33 @@ MIXERS: dict[str, type[Mixer[Any]]] = {
     "cutmix": CutMix,
     "mixup+cutmix": MixupCutMix,
     "transmix": TransMix,
+    "tdattenmix": TdAttenMix,
+    "smmix": SMMix,
+    "saliencymix": SaliencyMix,
+    "attentivemix": AttentiveMix,
+    "tokenmix": TokenMix,
 }
 
 __all__ = [
     "MIXERS",
+    "AttentiveMix",
     "BlendBoxDraw",
     "BoxDraw",
     "CutMix",
     "Draw",
     "LabelWeights",
+    "MapMixer",
     "Mixed",
     "Mixer",
     "Mixup",
     "MixupCutMix",
     "MixupDraw",
     "NoMix",
+    "SMMix",
+    "SaliencyMix",
     "Step",
+    "TdAttenMix",
+    "TokenMix",
     "TransMix",
     "binary_cross_entropy",
     "label_rows",

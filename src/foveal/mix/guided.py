@@ -105,8 +105,8 @@ class MapMixer(Mixer[DrawT]):
 class CellMixer(MapMixer[DrawT]):
     """A mixer with a map that cuts along whole cells.
 
-    cells: of the grid, (h, w) or one number for both; None takes the model's own: the patches of a ViT, the last feature
-    map of a CNN. Image sides must be multiples of it.
+    cells: of the grid, (h, w) or one number for both; None takes the model's own: the patches of a ViT, the last
+    feature map of a CNN. Image sides must be multiples of it.
     """
 
     cells: int | tuple[int, int] | None = None

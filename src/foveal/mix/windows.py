@@ -2,9 +2,9 @@
 
     W(r, c) = sum of the map over the k_h x k_w cells whose first is (r, c)        r = 0 ... h - k_h, c = 0 ... w - k_w
 
-Sums come from a summed-area table (Crow, 1984), four reads per window. Windows that a map cannot tell apart are tied, and
-a number in [0, 1) per image picks among the tied ones, each with the same chance; 0 picks the first in row-major order.
-Thresholded maps are zero nearly everywhere: without such a pick most pastes would land in the top rows.
+Sums come from a summed-area table (Crow, 1984), four reads per window. Windows that a map cannot tell apart are tied,
+and a number in [0, 1) per image picks among the tied ones, each with the same chance; 0 picks the first in row-major
+order. Thresholded maps are zero nearly everywhere: without such a pick most pastes would land in the top rows.
 
 B batch, h x w cells, H x W pixels. Nothing here draws, computes a gradient, or asks the device for a number.
 """
@@ -86,12 +86,17 @@ def move_windows(images: Tensor, perm: Tensor, paste: Tensor, cut: Tensor, size:
     return out
 
 
+def scaled(place: Tensor, patch: tuple[int, int]) -> Tensor:
+    """First cells as first pixels: (B, 2). place: (B, 2).  patch: pixels of a cell."""
+    return torch.stack([place[:, 0] * patch[0], place[:, 1] * patch[1]], dim=-1)
+
+
 def window_boxes(place: Tensor, size: tuple[int, int]) -> Tensor:
     """Windows as boxes (B, 4): top, left, bottom, right, the last two exclusive. place: (B, 2).  size: one for all."""
     return torch.stack([place[:, 0], place[:, 1], place[:, 0] + size[0], place[:, 1] + size[1]], dim=-1)
 
 
-def pixels_of(cells: Tensor, image_size: tuple[int, int]) -> Tensor:
+def at_pixels(cells: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Values of cells, at every pixel: (B, h, w) to (B, H, W). Sides of the image are multiples of the grid's."""
     rows, columns = image_size[0] // cells.shape[1], image_size[1] // cells.shape[2]
     return cells.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2)
