@@ -1,4 +1,4 @@
-"""Mixup, CutMix and their joint policy: what is always true, worked examples, torchvision, statistics."""
+"""Mixers without a map: what is always true. Mixup, CutMix and their joint policy: by hand, torchvision, statistics."""
 
 import copy
 import math
@@ -9,7 +9,22 @@ from scipy import stats
 from torchvision.transforms import v2
 
 from foveal import chance
-from foveal.mix import MIXERS, BlendBoxDraw, BoxDraw, CutMix, Mixup, MixupCutMix, MixupDraw, NoMix, TransMix
+from foveal.mix import (
+    MIXERS,
+    BlendBoxDraw,
+    BoxDraw,
+    CutMix,
+    FMix,
+    GridMix,
+    MapMixer,
+    Mixup,
+    MixupCutMix,
+    MixupDraw,
+    NoMix,
+    ResizeMix,
+    SmoothMix,
+    TransMix,
+)
 from foveal.mix.cutmix import box_share, cut_boxes, inside
 
 MODES = ("batch", "pair", "elem")
@@ -19,6 +34,10 @@ KINDS = {
     "cutmix": lambda mode: CutMix(mode=mode),
     "mixup+cutmix": lambda mode: MixupCutMix(mode=mode),
     "transmix": lambda mode: TransMix(mixup_alpha=0.8, mode=mode),
+    "fmix": lambda mode: FMix(mode=mode),
+    "gridmix": lambda mode: GridMix(mode=mode),
+    "resizemix": lambda mode: ResizeMix(mode=mode),
+    "smoothmix": lambda mode: SmoothMix(mode=mode),
 }
 
 
@@ -42,7 +61,7 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def test_every_name_of_the_dictionary_is_tested_here():
-    assert set(KINDS) == set(MIXERS)
+    assert set(KINDS) == {name for name, kind in MIXERS.items() if not issubclass(kind, MapMixer)}
     assert all(type(KINDS[name]("batch")) is MIXERS[name] for name in KINDS)
 
 
@@ -56,8 +75,12 @@ def test_pixels_and_labels_follow_the_mask(kind, mode, B, size):
         mixed = mixer.apply(images, draw)
         keep, (weights,) = mixed.keep.double(), mixed.factors
         assert mixed.keep.shape == (B, 1, *size)
-        assert torch.allclose(mixed.images, keep * images + (1 - keep) * images[mixed.perm], atol=1e-12)
-        assert torch.allclose(weights.own.double(), keep.mean((1, 2, 3)), atol=1e-6)  # float32 shares
+        if kind != "resizemix":  # pixels that move: see test_resizemix.py
+            # float32 shares of a smooth mask, else exact
+            expected = keep * images + (1 - keep) * images[mixed.perm]
+            assert torch.allclose(mixed.images, expected, atol=1e-6 if kind == "smoothmix" else 1e-12)
+        pixel = 1 / (size[0] * size[1]) if kind == "fmix" else 0.0  # its label is the weight that was drawn
+        assert torch.allclose(weights.own.double(), keep.mean((1, 2, 3)), atol=1e-6 + pixel)  # float32 shares
         assert torch.equal(weights.perm, mixed.perm)
         targets = mixed.targets(labels, B)
         assert torch.allclose(targets.sum(-1), torch.ones(B))
@@ -155,6 +178,19 @@ def test_the_same_draw_gives_the_same_on_a_gpu(kind, mode):
 # -- who shares a draw
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_masks_are_shared_as_the_mode_says(kind):
+    B, others = 7, [0, 1, 2, 4, 5, 6]
+
+    def masks(mode, count=8):
+        return [KINDS[kind](mode).apply(batch(B), draw).keep for draw in draws(KINDS[kind](mode), B, count=count)]
+
+    assert all(torch.equal(keep[i], keep[0]) for keep in masks("batch") for i in others)
+    assert all(torch.equal(keep[i], keep[B - 1 - i]) for keep in masks("pair") for i in others)
+    assert any(not torch.equal(keep[0], keep[1]) for keep in masks("pair"))
+    assert any(not torch.equal(keep[0], keep[B - 1]) for keep in masks("elem"))
+
+
 def rows_of(draw):
     return [tuple(x.tolist()) for x in (torch.stack([draw.lam] * 4, 1) if isinstance(draw, MixupDraw) else draw.box)]
 
@@ -205,7 +241,7 @@ def test_without_cutmix_the_policy_draws_what_mixup_draws(mode):
         assert not b.box.any()
 
 
-@pytest.mark.parametrize("kind", [Mixup, CutMix, MixupCutMix, TransMix])
+@pytest.mark.parametrize("kind", [Mixup, CutMix, MixupCutMix, TransMix, FMix, GridMix, ResizeMix, SmoothMix])
 @each_mode
 def test_probability_zero_never_mixes(kind, mode):
     mixer, images = kind(prob=0.0, mode=mode), batch(4)
@@ -368,7 +404,7 @@ def test_bad_settings_and_inputs_are_named(make, says):
         make()
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix", "none", "transmix"])
+@every
 def test_byte_images_are_refused(kind):
     mixer, pixels = KINDS[kind]("batch"), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(TypeError, match="uint8 cannot be blended"):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from foveal import chance
-from foveal.mix import MIXERS, CutMix, Mixup, NoMix, label_rows, soft_cross_entropy
+from foveal.mix import MIXERS, CutMix, MapMixer, Mixup, NoMix, label_rows, soft_cross_entropy
 
-PLAIN = [name for name in MIXERS if name != "transmix"]
+PLAIN = [name for name, kind in MIXERS.items() if name != "transmix" and not issubclass(kind, MapMixer)]
 
 
 def model():

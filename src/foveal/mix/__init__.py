@@ -9,6 +9,8 @@ from typing import Any
 
 from foveal.mix.attentivemix import AttentiveMix
 from foveal.mix.cutmix import BoxDraw, CutMix
+from foveal.mix.fmix import FMix, MaskDraw
+from foveal.mix.gridmix import GridDraw, GridMix
 from foveal.mix.guided import MapMixer
 from foveal.mix.losses import binary_cross_entropy, paired, soft_cross_entropy
 from foveal.mix.mixed import LabelWeights, Mixed, label_rows
@@ -16,8 +18,11 @@ from foveal.mix.mixer import Draw, Mixer, Step
 from foveal.mix.mixup import Mixup, MixupDraw
 from foveal.mix.mixup_cutmix import BlendBoxDraw, MixupCutMix
 from foveal.mix.none import NoMix
+from foveal.mix.puzzlemix import PuzzleDraw, PuzzleMix
+from foveal.mix.resizemix import ResizeMix
 from foveal.mix.saliencymix import SaliencyMix
 from foveal.mix.smmix import SMMix
+from foveal.mix.smoothmix import BlobDraw, SmoothMix
 from foveal.mix.tdattenmix import TdAttenMix
 from foveal.mix.tokenmix import TokenMix
 from foveal.mix.transmix import TransMix
@@ -33,25 +38,39 @@ MIXERS: dict[str, type[Mixer[Any]]] = {
     "saliencymix": SaliencyMix,
     "attentivemix": AttentiveMix,
     "tokenmix": TokenMix,
+    "puzzlemix": PuzzleMix,
+    "fmix": FMix,
+    "gridmix": GridMix,
+    "resizemix": ResizeMix,
+    "smoothmix": SmoothMix,
 }
 
 __all__ = [
     "MIXERS",
     "AttentiveMix",
     "BlendBoxDraw",
+    "BlobDraw",
     "BoxDraw",
     "CutMix",
     "Draw",
+    "FMix",
+    "GridDraw",
+    "GridMix",
     "LabelWeights",
     "MapMixer",
+    "MaskDraw",
     "Mixed",
     "Mixer",
     "Mixup",
     "MixupCutMix",
     "MixupDraw",
     "NoMix",
+    "PuzzleDraw",
+    "PuzzleMix",
+    "ResizeMix",
     "SMMix",
     "SaliencyMix",
+    "SmoothMix",
     "Step",
     "TdAttenMix",
     "TokenMix",
