@@ -224,6 +224,25 @@ def test_attached_before_compiling_it_compiles_once(counter, in_place):
     assert hooks(model) == 0
 
 
+def test_paused_forwards_of_a_compiled_model_are_not_seen(counter):
+    model, images = vit().train(), batch()
+    with foveal.attach(model) as door:
+        compiled = torch.compile(model, backend=counter)
+        for step in range(4):
+            with foveal.read(compiled, layers="all") as seen:
+                with door.paused():
+                    compiled(images + 1)
+                    with foveal.read(compiled, layers="all") as inner:
+                        compiled(images + 2)
+                out = compiled(images)
+            assert len(seen.calls) == len(inner.calls) == 1
+            (out.sum() + sum(r.sum() for r in seen.class_logits())).backward()
+            if step == 0:
+                compiled_after_one_step = counter.frame_count
+        assert counter.frame_count == compiled_after_one_step
+    assert hooks(model) == 0
+
+
 def test_compiled_too_early_is_an_error(counter):
     images = batch()
     compiled = torch.compile(vit(), backend=counter)
@@ -501,6 +520,80 @@ def test_paused_forwards_are_not_seen():
         model(images)
         with door.paused():
             model(images + 2)
+    assert len(seen.calls) == 1
+
+
+def test_a_reader_opened_while_paused_sees_what_runs_there():
+    model, images = vit(), batch()
+    with torch.no_grad(), foveal.read(model) as alone:
+        model(images + 1)
+    with foveal.attach(model) as door, torch.no_grad(), foveal.read(model, layers="all") as outer:
+        model(images)
+        with door.paused():
+            with foveal.read(model, what="class_logits") as inner:
+                model(images + 1)
+            assert len(outer.class_logits()) == 3  # the outer one can be asked meanwhile
+        with door.paused(), door.paused(), foveal.read(model) as deeper:
+            model(images + 1)
+    assert len(outer.calls) == len(inner.calls) == 1
+    assert torch.equal(inner.class_logits(), alone.class_logits())
+    assert torch.equal(deeper.class_logits(), alone.class_logits())
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt()])
+def test_a_forward_that_raises_while_paused_leaves_the_outer_reader_whole(error):
+    model, images = vit(), batch()
+    with torch.no_grad(), foveal.read(model, layers="all") as outer:
+        model(images)
+        proj = model.blocks[1].attn.proj
+        model.blocks[1].attn.proj = Stop(error)
+        with pytest.raises(type(error)), foveal.attention.unseen(model), foveal.read(model, layers="all"):
+            model(images + 1)
+        model.blocks[1].attn.proj = proj
+    assert len(outer.class_logits()) == 3
+    assert hooks(model) == 0
+
+
+def test_unseen_hides_a_part_from_readers_of_the_whole_and_the_whole_from_readers_of_a_part():
+    model, images = Twice(), batch()
+    with torch.no_grad(), foveal.read(model.encoder) as inside, foveal.read(model) as outside:
+        with foveal.attention.unseen(model):
+            model(images, images)
+        with foveal.attention.unseen(model.encoder), foveal.read(model.encoder, what="received") as own:
+            model.encoder(images)
+        model.encoder(images[:1])
+    assert [look.class_logits().shape[0] for look in inside.calls] == [1]
+    assert [look.class_logits().shape[0] for look in outside.calls] == [1]
+    assert own.received().shape == (3, 2, 16)
+
+
+def test_unseen_fits_a_model_that_cannot_be_read():
+    model = torch.nn.Linear(2, 2)
+    with foveal.attention.unseen(model):
+        assert model(torch.zeros(1, 2)).shape == (1, 2)
+
+
+def test_paused_forwards_of_one_thread_are_seen_in_another():
+    model, images, got = vit(), batch(), {}
+    paused, done = threading.Event(), threading.Event()
+
+    def other():
+        paused.wait(10)
+        with torch.no_grad(), foveal.read(model) as mine:
+            model(images + 2)
+        got["other"] = mine.class_logits()
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with foveal.attach(model) as door, torch.no_grad(), foveal.read(model) as seen:
+        with door.paused():
+            model(images + 1)
+            paused.set()
+            done.wait(10)
+        model(images)
+    thread.join()
+    assert got["other"].shape == (3, 2, 16)
     assert len(seen.calls) == 1
 
 

@@ -72,7 +72,7 @@ def test_rows_match_the_unfused_model(name, dtype):
         has_class = (
             "class_logits" in foveal.supported(model).what["blocks.0" if "18x2" not in name else "blocks.0.attns.0"]
         )
-        what = ["received", "mean_query", "full", *(["class_logits"] if has_class else [])]
+        what = ["received", "patch_received", "mean_query", "full", *(["class_logits"] if has_class else [])]
         with foveal.read(model, layers="all", what=what) as seen:
             after = model(images)
         _, logits = logits_of(model, images)
@@ -83,6 +83,8 @@ def test_rows_match_the_unfused_model(name, dtype):
     for i, expected in enumerate(logits):
         attn = expected.softmax(-1)
         assert close(seen.received()[i], attn.mean(-2)[..., P:], dtype)
+        assert close(seen.patch_received()[i], attn[:, :, P:].mean(-2)[..., P:], dtype)
+        assert close(seen.patch_received(prefix=True)[i].sum(-1), torch.ones_like(attn[:, :, 0, 0]), dtype)
         assert close(seen.mean_query()[i], expected[:, :, P:].mean(-2)[..., P:], dtype)
         assert close(seen.full()[i], attn, dtype)
         if has_class:
@@ -108,12 +110,13 @@ def test_rows_match_timms_own_unfused_form(name):
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
             module.attn_drop.register_forward_hook(lambda m, args, out: maps.append(args[0]))
-    with torch.no_grad(), foveal.read(model, layers="all") as unfused:
+    with torch.no_grad(), foveal.read(model, layers="all", what=["class_logits", "patch_received"]) as unfused:
         model(images)
     P = seen.layout.prefix
     for i, attn in enumerate(maps):
         assert close(seen.class_attention()[i], attn[:, :, 0, P:], torch.float64)
         assert close(unfused.class_logits()[i], seen.class_logits()[i], torch.float64)
+        assert close(unfused.patch_received()[i], attn[:, :, P:].mean(-2)[..., P:], torch.float64)
 
 
 def test_ignoring_rotation_would_be_seen():
@@ -214,8 +217,9 @@ def test_swin_windows_return_to_the_grid(name, size):
     with torch.no_grad():
         before = model(images)
         probabilities.clear()
-        with foveal.read(model, layers="all", what="received") as seen:
+        with foveal.read(model, layers="all", what=["received", "patch_received"]) as seen:
             assert torch.equal(model(images), before)
+    assert all(torch.equal(a, b) for a, b in zip(seen.received(), seen.patch_received(), strict=True))  # no prefix
     blocks = [block for stage in model.layers for block in stage.blocks]
     for block, attn, got, (h, w) in zip(blocks, probabilities, seen.received(), seen.grid, strict=True):
         wh, ww = block.window_size
@@ -259,8 +263,9 @@ def test_hiera_order_is_undone():
     )
     images = images_of((128, 64), B=2)
     with torch.no_grad():
-        with foveal.read(model, layers="all", what=["received", "mean_query"]) as seen:
+        with foveal.read(model, layers="all", what=["received", "patch_received", "mean_query"]) as seen:
             model(images)
+        assert all(torch.equal(a, b) for a, b in zip(seen.received(), seen.patch_received(), strict=True))  # no prefix
         _, logits = logits_of(model, images)
     logits = [x.flatten(1, -3) for x in logits if x.dim() == 4 or x.shape[2] == 1]  # global blocks
     assert len(logits) == len(seen.layers)
@@ -297,7 +302,9 @@ def test_torchvision_vit(grad):
     images, maps = images_of((64, 64)), []
     with torch.set_grad_enabled(grad):
         before = model(images)
-        what = ["class_logits", "received", "mean_query", "full", "queries", "keys", "values", "tokens"]
+        what = [
+            "class_logits", "received", "patch_received", "mean_query", "full", "queries", "keys", "values", "tokens"
+        ]  # fmt: skip
         with foveal.read(model, layers="all", what=what) as seen:
             assert torch.equal(model(images), before)
     for i, layer in enumerate(model.encoder.layers):
@@ -313,6 +320,7 @@ def test_torchvision_vit(grad):
     for i, attn in enumerate(maps):
         assert close(seen.class_attention(prefix=True)[i], attn[:, :, 0], torch.float64)
         assert close(seen.received()[i], attn.mean(-2)[..., 1:], torch.float64)
+        assert close(seen.patch_received()[i], attn[:, :, 1:].mean(-2)[..., 1:], torch.float64)
         assert close(seen.full()[i], attn, torch.float64)
         q, k = seen.queries(prefix=True)[i], seen.keys(prefix=True)[i]
         assert close(seen.class_logits(prefix=True)[i], (q[:, :, 0:1] @ k.mT).squeeze(-2) / 8**0.5, torch.float64)
@@ -379,14 +387,20 @@ def naflex_batch(P=16, dtype=torch.float64):
 def test_naflex_padding_is_left_out():
     model = build("naflexvit_base_patch16_gap", **NARROW)
     batch, grids = naflex_batch()
-    with torch.no_grad(), foveal.read(model, layers=-1, what=["received", "mean_query", "full"]) as seen:
+    with (
+        torch.no_grad(),
+        foveal.read(model, layers=-1, what=["received", "patch_received", "mean_query", "full"]) as seen,
+    ):
         model(batch)
     assert seen.grid == grids
     alone = {k: v[1:, :6] for k, v in batch.items()}
-    with torch.no_grad(), foveal.read(model, layers=-1, what=["received", "mean_query"]) as single:
+    with torch.no_grad(), foveal.read(model, layers=-1, what=["received", "patch_received", "mean_query"]) as single:
         model(alone)
     assert torch.allclose(seen.received()[1:, :, :6], single.received())
     assert (seen.received()[1, :, 6:] == 0).all()
+    P = seen.layout.prefix
+    assert torch.allclose(seen.patch_received()[1:, :, :6], single.patch_received())
+    assert torch.allclose(single.patch_received(), seen.full()[1:, :, P : P + 6, P : P + 6].mean(-2))
     assert torch.allclose(seen.mean_query()[1:, :, :6], single.mean_query())
     assert (seen.mean_query()[1, :, 6:] == float("-inf")).all()
     pictures = seen.to_grid(seen.received())

@@ -48,7 +48,7 @@ def test_rows_match_eager_attention(key, dtype):
     _, _, P, has_class = MODELS[key]
     model, eager = build(key, dtype), build(key, dtype, "eager")
     images = torch.randn(3, 3, 64, 64, dtype=dtype)
-    what = ["received", "mean_query", "keys", "queries", *(["class_logits"] if has_class else [])]
+    what = ["received", "patch_received", "mean_query", "keys", "queries", *(["class_logits"] if has_class else [])]
     with torch.no_grad():
         before = model(images)[0]
         with foveal.read(model, layers="all", what=what) as seen:
@@ -64,6 +64,7 @@ def test_rows_match_eager_attention(key, dtype):
     assert len(seen.layers) == len(attentions) == 2
     for i, attn in enumerate(attentions):
         assert (seen.received()[i] - attn.mean(-2)[..., P:]).abs().max() < limit
+        assert (seen.patch_received()[i] - attn[:, :, P:].mean(-2)[..., P:]).abs().max() < limit
         assert seen.keys()[i].shape == seen.queries()[i].shape == (3, 4, 16, 8)
         if has_class:
             assert (seen.class_attention(prefix=True)[i] - attn[:, :, 0]).abs().max() < limit
