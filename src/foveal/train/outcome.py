@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foveal import evaluate
 from foveal.chance import generator
 from foveal.data.batches import Batch
 from foveal.data.config import ImageConfig
 from foveal.data.images import Data, Images
+from foveal.evaluate import LabelGaps, expected_calibration_error
 from foveal.evaluate.predict import Predictions, predict
 from foveal.train.errors import RunError
 from foveal.train.files import whole_file, write_text
@@ -23,35 +25,42 @@ from foveal.train.settings import Settings
 SAMPLES = 8  # training images that samples.npz shows
 
 
-def scores(predictions: Predictions, gaps: Tensor | None = None) -> dict[str, Any]:
+def scores(predictions: Predictions, gaps: LabelGaps | None = None) -> dict[str, Any]:
     """n, loss, accuracy, balanced accuracy (mean recall of the classes present), ece, pointing and inconsistency.
 
-    gaps: (N,) of `label_gaps`. Pointing and inconsistency are None without masks.
+    Pointing and inconsistency are None without masks; so is inconsistency where the mixer only blends.
     """
     loss = torch.nn.functional.cross_entropy(predictions.logits.double(), predictions.labels)
-    measured = None if gaps is None else gaps[gaps.isfinite()].double()
     return {
         "n": len(predictions),
         "loss": float(loss),
         "accuracy": predictions.accuracy,
         "balanced_accuracy": predictions.balanced_accuracy,
-        "ece": None,
+        "ece": expected_calibration_error(predictions.logits, predictions.labels),
         "pointing": predictions.mean_pointing,
         "inconsistency": None
-        if gaps is None or measured is None or not len(measured)
-        else {"gap": float(measured.mean()), "n": len(gaps), "skipped": len(gaps) - len(measured)},
+        if gaps is None or not gaps.n
+        else {"gap": gaps.mean, "n": gaps.n, "skipped": gaps.skipped},
     }
 
 
-def label_gaps(built: Built, images: Images, mixer: Any, settings: Settings, device: torch.device) -> Tensor | None:
-    """How far the labels that the run's mixer gives are from what can be seen: (N,), NaN where undecided.
+def label_gaps(built: Built, images: Images, mixer: Any, settings: Settings, device: torch.device) -> LabelGaps | None:
+    """How far the labels that the run's mixer gives are from what can be seen, on a test set with masks; else None.
 
-    Pairs of test images are mixed as in training, with the trained model; every arm and seed of a comparison mixes
-    the same pairs. None for images without masks.
+    Pairs of test images are mixed as in training, with the trained model; the draws hang on the run's seed alone, so
+    every arm of a comparison meets the same pairs.
     """
     if images.masks is None:
         return None
-    return None
+    return evaluate.label_gaps(
+        built.model,
+        mixer,
+        images,
+        built.image,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+    )
 
 
 def bg_gap(sets: dict[str, dict[str, Any]]) -> float | None:
@@ -93,12 +102,13 @@ def joined(parts: list[tuple[Predictions, int]]) -> Predictions:
     return replace(first, index=index, **whole)  # type: ignore[arg-type]
 
 
-def write_predictions(folder: Path, name: str, predictions: Predictions, gaps: Tensor | None = None) -> None:
+def write_predictions(folder: Path, name: str, predictions: Predictions, gaps: LabelGaps | None = None) -> None:
     """predictions/<name>.npz, one array per field that is there, and the gaps of the mixer's labels as `label_gap`.
 
     Raises RunError where the disk does not take it.
     """
-    values = {one.name: getattr(predictions, one.name) for one in fields(predictions)} | {"label_gap": gaps}
+    values = {one.name: getattr(predictions, one.name) for one in fields(predictions)}
+    values["label_gap"] = None if gaps is None else gaps.gap
     with whole_file(folder / "predictions" / f"{name}.npz") as file:
         np.savez(file, **{k: np.asarray(v) for k, v in values.items() if v is not None})  # type: ignore[arg-type]
 
@@ -134,7 +144,8 @@ def write_samples(folder: Path, batch: Batch, config: ImageConfig, mixer: Any, m
     classes = int(model.num_classes)  # type: ignore[arg-type]
     rng = generator(seed, "mix", 0, batch.micro)
     images, labels = batch.images[:n], batch.labels[:n]
-    with torch.no_grad(), mixer.on(model, images, labels, rng=rng, num_classes=classes) as step:
+    masks = None if batch.masks is None else batch.masks[:n]
+    with torch.no_grad(), mixer.on(model, images, labels, rng=rng, num_classes=classes, given=masks) as step:
         model(step.images)
         targets = step.targets(classes)
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
