@@ -42,6 +42,7 @@ ROOMS = (
     "explain",
     "maps",
     "mix",
+    "models",
     "report",
     "stats",
     "train",

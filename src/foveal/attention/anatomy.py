@@ -104,6 +104,7 @@ ATTENTIONS: dict[str, tuple[str, bool]] = {
     "timm.models.swin_transformer_v2.WindowAttention": ("window", False),
     "timm.models.hiera.MaskUnitAttention": ("global", False),
     "torch.nn.modules.activation.MultiheadAttention": ("self", False),
+    "foveal.models.pooling.SequencePool": ("score", False),  # a pool whose query is a weight: no projections to read
 }
 # attention of transformers models, by class name alone (their modules move between versions)
 HF_ATTENTIONS = (
@@ -163,6 +164,7 @@ TRUNKS: dict[str, tuple[str, Callable[[nn.Module], TokenLayout]]] = {
     "timm.models.swin_transformer_v2.SwinTransformerV2": ("timm SwinV2", _no_prefix),
     "timm.models.hiera.Hiera": ("timm Hiera", _no_prefix),
     "torchvision.models.vision_transformer.VisionTransformer": ("torchvision ViT", _class_only),
+    "foveal.models.compact.CompactTransformer": ("foveal CCT, CVT, ViT-Lite", _timm_layout),
     "ViTModel": ("transformers ViT", _hf_layout),
     "DeiTModel": ("transformers DeiT", _hf_layout),
     "Dinov2Model": ("transformers DINOv2", _hf_layout),
@@ -269,6 +271,8 @@ def _layer(
     """The layer at an attention module, or the reason why it cannot be read."""
     block_name, block = _block(trunk, name, module)
     parent = trunk.get_submodule(name.rpartition(".")[0]) if name else trunk
+    if kind == "score":
+        return Layer(name, "pool", module, module, layout, ("class_logits", "full"))
     if kind == "pool" or "PoolingHead" in type(parent).__name__:
         kind = "pool"
         return Layer(name, kind, module, module, layout, ("class_logits", "full", "queries", "keys", "values"))
@@ -323,6 +327,7 @@ def _hiera_layer(trunk: nn.Module, name: str, module: nn.Module, block: nn.Modul
 
 STEMS = (
     "patch_embed.proj",
+    "patch_embed.conv_layers",
     "conv_proj",
     "embeddings.patch_embeddings.projection",
     "embeddings.patch_embeddings",
@@ -339,7 +344,7 @@ def _stem(trunk: nn.Module) -> nn.Module:
             module = trunk.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(module, nn.Conv2d) or path in ("conv_proj", "embeds"):
+        if isinstance(module, nn.Conv2d) or path in ("patch_embed.conv_layers", "conv_proj", "embeds"):
             return module
     raise UnsupportedModelError(
         f"the patch embedding of {type(trunk).__name__} is no convolution, so its patch grid is not known"
