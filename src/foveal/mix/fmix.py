@@ -6,8 +6,9 @@
 Harris et al., 2020. lam ~ Beta(alpha, alpha); f is the frequency in cycles per pixel.
 
 The released code takes the first two rows of S for the real and imaginary part of the spectrum, where the paper's
-text takes the two parts of Z: only the two lowest columns of frequencies survive, and masks are much smoother. All
-published numbers are of that form, so it is the default; `form="intended"` is the text's.
+text takes the two parts of Z. Only the two lowest columns of frequencies survive: from left to right an image is one
+wave, and no row of a mask has more than two edges. All published numbers are of that form, so it is the default;
+`form="intended"` is the text's.
 """
 
 from __future__ import annotations
