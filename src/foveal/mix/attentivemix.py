@@ -5,8 +5,8 @@
 
 Walawalkar et al., 2020 (Attentive CutMix: k fixed, 6 of 49 cells); k by chance is the variant that is benchmarked as
 AttentiveMix+. Both take the map from a second, pre-trained network; here it is any map, by default the attention that
-patches receive in the model being trained. Equal cells are taken in random order; of a thresholded map, which is zero at
-most, that would be nearly all: for labels use HeadCosine(model, threshold=False).
+patches receive in the model being trained. Equal cells are taken in random order; of a thresholded map, which is mostly
+zero, that would be nearly all: for labels use HeadCosine(model, threshold=False).
 
 B batch, N = h w cells.
 """

@@ -37,23 +37,23 @@ def tied(sums: Tensor, total: Tensor, largest: bool) -> Tensor:
 
     sums: (B, h', w') of `window_sums`.  total: (B,) sum of each map.
     """
-    # A float32 map is known to 2^-23 of itself, so sums that differ by less than 2^-23 of its total say nothing about
-    # which is larger. The table's own rounding, some ulps of the total, is far below that in float64: windows of zeros
-    # stay tied. Where there is only float32, 128 ulps cover tables of 14 x 14 cells with much to spare.
-    slack = (total * max(torch.finfo(torch.float32).eps, 128 * torch.finfo(sums.dtype).eps))[:, None, None]
-    if largest:
-        return sums >= sums.amax((1, 2), keepdim=True) - slack
-    return sums <= sums.amin((1, 2), keepdim=True) + slack
+    # Each cell of a float32 map is known to 2^-23 of itself, so a window's sum is too: closer than that to the extreme
+    # sum, the map does not say which is larger. The table adds some ulps of the total, which windows of zeros then
+    # have in place of 0; 128 ulps cover tables of 14 x 14 cells with much to spare.
+    total = total[:, None, None]
+    best = sums.amax((1, 2), keepdim=True) if largest else sums.amin((1, 2), keepdim=True)
+    slack = best.abs() * torch.finfo(torch.float32).eps + total * (128 * torch.finfo(sums.dtype).eps)
+    return sums >= best - slack if largest else sums <= best + slack
 
 
 def pick(among: Tensor, tie: Tensor) -> Tensor:
     """One of the true places of each row, all with the same chance: (B,) int64.
 
-    among: (B, n) bool, at least one true in a row.  tie: (B,) in [0, 1); 0 takes the first.
+    among: (B, n) bool.  tie: (B,) in [0, 1); 0 takes the first.
     """
-    count = among.sum(1)
-    rank = torch.minimum((tie * count).long(), count - 1)  # float32 may round a product up to the count
-    return (among.cumsum(1, dtype=torch.int32) <= rank[:, None]).sum(1)
+    rank = (tie * among.sum(1)).long()
+    before = (among.cumsum(1, dtype=torch.int32) <= rank[:, None]).sum(1)
+    return before.clamp_max(among.shape[1] - 1)  # a row without a true place, as NaN gives, stays inside too
 
 
 def extreme_window(sums: Tensor, total: Tensor, tie: Tensor, largest: bool) -> Tensor:
