@@ -1,8 +1,42 @@
-"""Measures of a trained model: accuracy, reliance on backgrounds, attention on the object."""
+"""Measures of a model and of a way to mix: accuracy, calibration, backgrounds, attention and labels on the object.
+
+>>> found = foveal.evaluate.label_gaps(model, mixer, data.val, config)    # doctest: +SKIP
+>>> found.mean                       # how far mixed labels are from what can be seen, in [0, 1]    # doctest: +SKIP
+"""
 
 from foveal.evaluate.accuracy import balanced_accuracy, correct
 from foveal.evaluate.backgrounds import bg_gap
+from foveal.evaluate.calibration import expected_calibration_error
+from foveal.evaluate.inconsistency import (
+    Inconsistency,
+    Relation,
+    inconsistency,
+    own_weight,
+    relation,
+    share_divergence,
+)
+from foveal.evaluate.label_gaps import LabelGaps, label_gaps
+from foveal.evaluate.occlusion import Occlusion, occlude, occlusion
 from foveal.evaluate.pointing import coverage, energy_share
 from foveal.evaluate.predict import Predictions
 
-__all__ = ["Predictions", "balanced_accuracy", "bg_gap", "correct", "coverage", "energy_share"]
+__all__ = [
+    "Inconsistency",
+    "LabelGaps",
+    "Occlusion",
+    "Predictions",
+    "Relation",
+    "balanced_accuracy",
+    "bg_gap",
+    "correct",
+    "coverage",
+    "energy_share",
+    "expected_calibration_error",
+    "inconsistency",
+    "label_gaps",
+    "occlude",
+    "occlusion",
+    "own_weight",
+    "relation",
+    "share_divergence",
+]

@@ -17,19 +17,20 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is that of their label, in [0, 1]. Raises ValueError for none."""
-    _some(labels)
+    some(labels)
     return float(correct(logits, labels).double().mean())
 
 
 def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Mean over the classes that occur in labels of their accuracy, in [0, 1]. Raises ValueError for none."""
-    _some(labels)
+    some(labels)
     right = correct(logits, labels).double()
     sizes = torch.bincount(labels)
     sums = torch.zeros(len(sizes), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
     return float((sums / sizes)[sizes > 0].mean())
 
 
-def _some(labels: Tensor) -> None:
+def some(labels: Tensor) -> None:
+    """Raise ValueError where there is no image to measure."""
     if len(labels) == 0:
         raise ValueError("there are no images to average over")

@@ -1,7 +1,5 @@
 """Run a model over a set of images: its logits, where it looked, and how much of that was on the object."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from foveal.data.config import ImageConfig
 from foveal.data.images import Images
 from foveal.evaluate.accuracy import accuracy, balanced_accuracy, correct
 from foveal.evaluate.pointing import energy_share
+from foveal.evaluate.running import autocasting, class_logits, device_of, evaluating
 
 # attention_kind -> what is read: the class row, else how much attention each patch receives
 KINDS = {"class": "class_logits", "received": "received"}
@@ -82,13 +81,12 @@ def predict(
     attention: also read where the model looks; a model that cannot be read gives None, with the reason.
     Raises ValueError if the model has not one output for each class, DataError for unreadable images.
     """
-    first = next(model.parameters(), None)
-    where = torch.device(device) if device is not None else first.device if first is not None else "cpu"
+    where = device_of(model, device)
     batches = Batches(images, config, batch_size, train=False, workers=workers, device=where)
     source = attention_source(model) if attention else "attention was not asked for"
     logits: list[Tensor] = []
     maps: list[Tensor] = []
-    with _evaluating(model), torch.no_grad(), _autocast(batches.device, autocast):
+    with evaluating(model), torch.no_grad(), autocasting(where, autocast):
         for batch in batches:
             if isinstance(source, str):
                 out = model(batch.images)
@@ -98,7 +96,7 @@ def predict(
                 rows = seen.class_attention() if source.kind == "class" else seen.received()
                 grid = seen.to_grid(rows.float())
                 maps.append((torch.stack(grid) if isinstance(grid, list) else grid).cpu())
-            logits.append(_logits(out, len(images.classes)).float().cpu())
+            logits.append(class_logits(out, len(images.classes)).float().cpu())
     found = torch.cat(maps) if maps else None
     return Predictions(
         logits=torch.cat(logits),
@@ -141,29 +139,3 @@ def attention_source(model: nn.Module) -> Source | str:
 def _pointing(attention: Tensor, masks: Tensor) -> Tensor:
     share = energy_share(attention, masks)
     return torch.where(masks.flatten(1).any(1), share, torch.nan)
-
-
-def _logits(out: object, classes: int) -> Tensor:
-    logits = getattr(out, "logits", out)  # transformers' models return an object
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != classes:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
-        raise ValueError(
-            f"the model gives {got}, not one logit for each of the {classes} classes of the images;"
-            f" build it with num_classes={classes}"
-        )
-    return logits
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
