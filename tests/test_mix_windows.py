@@ -264,7 +264,12 @@ def test_a_share_that_is_a_whole_number_of_cells_is_not_rounded_down():
 
 @pytest.mark.parametrize(
     ("grid", "size", "fits"),
-    [((14, 14), (224, 224), None), ((7, 5), (28, 20), None), ((3, 3), (80, 80), (4, 4)), ((14, 14), (32, 50), (16, 10))],
+    [
+        ((14, 14), (224, 224), None),
+        ((7, 5), (28, 20), None),
+        ((3, 3), (80, 80), (4, 4)),
+        ((14, 14), (32, 50), (16, 10)),
+    ],
 )
 def test_a_grid_that_does_not_fit_names_one_that_does(grid, size, fits):
     if fits is None:

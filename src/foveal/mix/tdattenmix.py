@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from foveal.maps import Source
-from foveal.mix.draws import check_share
 from foveal.mix.window_mixer import Places, WindowMixer
 
 
@@ -71,7 +70,8 @@ class TdAttenMix(WindowMixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("beta", self.beta)
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta={self.beta} is the share of area in the label's weight: use a value in [0, 1]")
         if self.label_ratio not in ("sample", "batch"):
             raise ValueError(f"label_ratio={self.label_ratio!r} is not known; use 'sample' or 'batch'")
         if self.normalise and self.label_ratio == "batch":
