@@ -1,6 +1,7 @@
 """The model of a run: a timm architecture with its starting weights, and the card that rebuilds it anywhere.
 
-timm.create_model(card["architecture"], **card["arguments"])      and model.safetensors: no foveal needed
+timm.create_model(card["architecture"], **card["arguments"])      and model.safetensors: no foveal needed,
+                                                                  but for the models of foveal.models
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import timm
 from torch import nn
 
+import foveal.models  # noqa: F401  CCT, CVT and ViT-Lite: importing the room tells timm their names
 from foveal import __version__
 from foveal.chance import seeded
 from foveal.data.config import ImageConfig, image_config
@@ -139,7 +141,7 @@ def versions() -> dict[str, str]:
 def _create(architecture: str, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except TypeError as error:  # an argument that the architecture does not take
+    except (TypeError, ValueError) as error:  # an argument, or a value, that the architecture does not take
         raise SettingsError(f"{architecture} cannot be built with {arguments}: {error}") from None
     return model
 

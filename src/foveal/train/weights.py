@@ -1,7 +1,8 @@
 """Weights to start from: any file with a ViT's tensors in it, put into a timm model and accounted for.
 
 Read are foveal run folders, safetensors, and PyTorch files whose tensors lie at the top or under `state_dict`,
-`model`, `teacher` or `student`, with any prefix (`module.`, `backbone.`, `module.backbone.`, ...).
+`model`, `teacher` or `student`, with any prefix (`module.`, `backbone.`, `module.backbone.`, ...); and the checkpoints
+of the Compact-Transformers authors, whose names are other ones.
 """
 
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foveal.models.compact import CompactTransformer
+from foveal.models.official import is_official, renamed
 from foveal.train.errors import RunError
 from foveal.train.files import read_tensors
 from foveal.train.optimise import classifier_parameters
@@ -79,6 +82,11 @@ def read_weights(path: str | Path) -> tuple[str, dict[str, Tensor]]:
 def fill(model: nn.Module, found: dict[str, Tensor], source: str) -> Loaded:
     """Copy the tensors of `found` that belong to `model` into it; see load_weights."""
     own = model.state_dict()
+    if is_official(found):
+        try:
+            found = renamed(found)
+        except ValueError as error:
+            raise RunError(f"{source} cannot be read: {error}") from None
     prefix = common_prefix(found, own)
     named = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     head = classifier_names(model)
@@ -154,6 +162,8 @@ def _resampled(tensor: Tensor, wanted: Tensor, model: nn.Module) -> Tensor | Non
     side = round((tensor.shape[1] - prefix) ** 0.5)
     if prefix < 0 or side * side + prefix != tensor.shape[1]:
         return None
+    if isinstance(model, CompactTransformer):  # bilinear, and sines stay sines
+        return model.fitted_positions(tensor)
     from timm.layers import resample_abs_pos_embed
 
     fitted: Tensor = resample_abs_pos_embed(tensor.float(), list(grid), old_size=[side, side], num_prefix_tokens=prefix)
