@@ -12,7 +12,8 @@ import torch
 
 from foveal.data import Data, ImageConfig, load
 from foveal.evaluate import balanced_accuracy, energy_share
-from foveal.train.comparing import Comparison, _content
+from foveal.train.comparing import Comparison, _told
+from foveal.train.measuring import memory_of, metrics_of
 from foveal.train.run import Run
 from foveal.train.settings import Settings
 
@@ -90,16 +91,26 @@ def fake_comparison(
     folder: Path, arms: dict[str, dict[str, Any]], seeds: tuple[int, ...] = (0, 1), **common: Any
 ) -> Comparison:
     """A comparison of such runs; the first arm is the baseline. The values of `arms` go to fake_run."""
-    settings = {}
-    for arm, options in arms.items():
-        for seed in seeds:
-            run = fake_run(folder / f"{arm}-seed{seed}", seed=seed, **common | options)
-        settings[arm] = run.settings
-    made = {
-        arm: [each.replace(out=str(folder), name=f"{arm}-seed{seed}") for seed in seeds]
-        for arm, each in settings.items()
+    runs = {
+        arm: [fake_run(folder / f"{arm}-seed{seed}", seed=seed, **common | options) for seed in seeds]
+        for arm, options in arms.items()
     }
-    _json(folder / "comparison.json", _content(settings, seeds, made))
+    return written(folder, runs, seeds)
+
+
+def written(
+    folder: Path,
+    runs: dict[str, list[Run]],
+    seeds: tuple[int, ...],
+    baseline_of: dict[str, str] | None = None,
+    failed: dict[str, str] | None = None,
+) -> Comparison:
+    """comparison.json of runs in a folder; an arm may have none of them."""
+    base = dict.fromkeys(list(runs)[1:], next(iter(runs))) if baseline_of is None else baseline_of
+    settings = {arm: made[0].settings for arm, made in runs.items() if made}
+    arms = {arm: settings.get(arm, Settings(data=SPEC)) for arm in runs}
+    told = _told(arms, seeds, base, runs) | {"failed": failed or {}}
+    _json(folder / "comparison.json", told | {"metrics": metrics_of(runs, base), "memory": memory_of(runs)})
     return Comparison.load(folder)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from foveal import stats
 from foveal.cli.compared import table
 from foveal.train import Comparison, DivergedError, Interrupted, RunError, SettingsError, compare, fit
-from foveal.train.comparing import class_weights
+from foveal.train.measuring import class_weights
 from training import tiny
 
 ARMS = ("plain", "cutmix")

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 # makes a small model's step ten times as long as soon as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from foveal.cli import demo, explain, predict, supported, train
+from foveal.cli import compare, demo, explain, predict, supported, train
 from foveal.cli.flags import Parser, UsageError
 
 COMMANDS = {
     "demo": demo,
     "train": train,
+    "compare": compare,
     "predict": predict,
     "explain": explain,
     "supported": supported,
@@ -28,6 +29,7 @@ COMMANDS = {
 USAGE = {
     "demo": "foveal demo [--seeds N] [--out FOLDER] [--jobs N] [--again]",
     "train": "foveal train DATA [--config RECIPE] [--resume | --overwrite] [settings]",
+    "compare": "foveal compare DATA [--mix MIX...] [--guide GUIDE...] [--label-fraction X...] [--seeds N] [settings]",
     "predict": "foveal predict RUN IMAGES... [--top K] [--output FILE]",
     "explain": "foveal explain RUN IMAGES... [--output FOLDER]",
     "supported": "foveal supported MODEL",

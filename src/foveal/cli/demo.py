@@ -8,9 +8,7 @@ What is learnt from the background helps on mixed_same and hurts on mixed_rand.
 """
 
 import argparse
-import os
 import shutil
-import sys
 from pathlib import Path
 
 from foveal.demo import arms
@@ -31,9 +29,10 @@ def run(values: argparse.Namespace) -> int:
     """Compare, print the table, write the report."""
     from rich.console import Console
 
-    from foveal.cli.compared import Watch, table
-    from foveal.report import comparison_page
+    from foveal.cli.compare import finish
+    from foveal.cli.compared import Watch
     from foveal.train.comparing import compare
+    from foveal.train.room import cores
 
     if values.seeds < 1:
         raise SettingsError(f"--seeds {values.seeds} must be 1 or more")
@@ -44,27 +43,13 @@ def run(values: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     console.print("Tuning a tiny encoder on few images with misleading backgrounds:")
     console.print(f"plainly, and guided by its own attention. {2 * values.seeds} short runs on the CPU, offline.")
-    jobs = values.jobs or min(_cores(), 2 * values.seeds)
-    total = sum(settings.epochs for settings in ways.values()) * values.seeds
-    with Watch(console, total) as watch:
-        comparison = compare(ways, seeds, out, jobs=jobs, progress=watch)
-    if watch.epochs == 0:
+    jobs = min(cores(), 2 * values.seeds) if values.jobs is None else values.jobs
+    epochs = {f"{arm}-seed{k}": settings.epochs for k in seeds for arm, settings in ways.items()}
+    with Watch(console, epochs) as watch:
+        comparison = compare(ways, seeds, out, jobs=None if jobs == 1 else jobs, progress=watch)
+    if watch.trained == 0:
         console.print(f"All runs in {out} were finished before; --again trains them anew.", soft_wrap=True)
-    print(table(comparison, width=_width()))
-    command = "foveal demo" + (f" --seeds {values.seeds}" if values.seeds != 3 else "")
-    print(f"report {comparison_page(comparison, command=command).resolve()}")
-    return 0
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _width() -> int:
-    return max(80, min(120, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
+    return finish(comparison, "foveal demo" + (f" --seeds {values.seeds}" if values.seeds != 3 else ""))
 
 
 def _is_stale(out: Path, ways: dict[str, Settings], seeds: range) -> bool:
@@ -85,5 +70,5 @@ def _forget(out: Path, ways: dict[str, Settings]) -> None:
     for arm in ways:
         for kept in out.glob(f"{arm}-seed*/settings.yaml"):
             shutil.rmtree(kept.parent)
-    for name in ("comparison.json", "report.html"):
+    for name in ("comparison.json", "comparison.csv", "report.html"):
         (out / name).unlink(missing_ok=True)

@@ -50,20 +50,20 @@ class Parser(argparse.ArgumentParser):
         return [name for action in found for name in action.choices]
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting but `data`; only those that are given end up in the namespace."""
+def add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+    """A flag for each setting but `data` and those to leave out; only those given end up in the namespace."""
     group = parser.add_argument_group("settings (also the keys of a recipe)")
     for name, hint in hints().items():
-        if name != "data":
+        if name not in ("data", *leave_out):
             group.add_argument(
                 f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=_help(name), **_shape(name, hint)
             )
 
 
-def given_settings(values: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags, as Settings takes them."""
+def given_settings(values: argparse.Namespace, leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that were given as flags, as Settings takes them; leave_out: as for `add_settings`."""
     given = vars(values)
-    return {name: _read(name, given[name]) for name in hints() if name in given and name != "data"}
+    return {name: _read(name, given[name]) for name in hints() if name in given and name not in ("data", *leave_out)}
 
 
 def _shape(name: str, hint: Any) -> dict[str, Any]:

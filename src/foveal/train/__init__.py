@@ -10,7 +10,8 @@ from foveal.train.errors import DivergedError, Interrupted, RunError, SettingsEr
 from foveal.train.settings import Settings
 
 if TYPE_CHECKING:
-    from foveal.train.comparing import Comparison, compare
+    from foveal.train.comparing import compare
+    from foveal.train.comparison import Comparison
     from foveal.train.fitting import fit
     from foveal.train.run import Run
 
@@ -29,7 +30,7 @@ __all__ = [
 _LATER = {  # these import torch, and some Lightning: seconds
     "fit": "fitting",
     "compare": "comparing",
-    "Comparison": "comparing",
+    "Comparison": "comparison",
     "Run": "run",
 }
 

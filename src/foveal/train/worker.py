@@ -1,8 +1,8 @@
 """A process that trains one run after another for a comparison: `python -m foveal.train.worker`.
 
 Reads settings (a JSON object per line) from stdin; answers on stdout with {"epoch": row} after each epoch and
-{"done": folder} or {"error": message} at the end of each run. It imports Lightning once and computes on one thread;
-when its stdin closes, because whoever started it is gone, it ends at once: runs survive that.
+{"done": folder} or {"error": message, "kind": class} at the end of each run. It imports Lightning once; when its
+stdin closes, because whoever started it is gone, it ends at once: runs survive that.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 def main() -> None:
     """Train what comes, until nothing comes any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; our starter sees to us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our starter, which sees to us
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like an answer
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
@@ -25,9 +25,6 @@ def main() -> None:
     def answer(what: dict[str, Any]) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
-    import torch
-
-    torch.set_num_threads(1)
     from foveal.train.fitting import fit
     from foveal.train.settings import Settings
 
@@ -38,7 +35,7 @@ def main() -> None:
         except Exception as error:
             if os.environ.get("FOVEAL_TRACEBACK"):
                 traceback.print_exc()
-            answer({"error": f"{error}", "kind": type(error).__name__})
+            answer({"error": " ".join(str(error).split()), "kind": type(error).__name__})
         else:
             answer({"done": str(run.folder)})
 

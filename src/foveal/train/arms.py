@@ -1,0 +1,165 @@
+"""The arms of a comparison, from words: every combination of the listed mixers, guides and label fractions.
+
+    cutmix    tdattenmix:map=label_biased,map.sigma=0.5,beta=0.1    gta:weight=10    0.15
+
+In a mixer's words `map`, `map_model` and `map_warmup` are settings of the run, `map.KEY` is a setting of the map, and
+the rest are settings of the mixer. Each fraction of the labels has its own baseline: the first combination listed.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveal.train.errors import SettingsError
+from foveal.train.names import unknown
+from foveal.train.settings import Settings
+
+MAP = ("map", "map_args", "map_model", "map_warmup")  # settings that only a mixer that follows a map may have
+OWN = ("mix_args", *MAP)  # settings that belong to one mixer
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What is compared. baseline_of: the arm that each arm but the baselines is compared with."""
+
+    settings: dict[str, Settings]
+    baseline_of: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A mixer or guide with what was said of it, and what it adds to an arm's name."""
+
+    kind: str
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def arms_of(
+    common: Mapping[str, Any],
+    mixes: Sequence[str],
+    guides: Sequence[str],
+    fractions: Sequence[float | None],
+    recipe: Mapping[str, Any] | None = None,
+) -> Arms:
+    """Settings of every combination by name, those of the first fraction first.
+
+    common: settings of all arms; what it says of maps holds for the arms whose mixer follows one.  mixes, guides: in
+    the words above.  fractions: shares of the labels; None and 1 are all of them.  recipe: what else a recipe says of
+    its mixer (`mix`, `mix_args`, `map`, ...), which holds for the arms of that mixer.
+    Raises SettingsError for words that cannot be understood, settings that do not fit and arms listed twice.
+    """
+    settings: dict[str, Settings] = {}
+    baseline_of: dict[str, str] = {}
+    said = dict(recipe or {})
+    mixed, guided = [_mixer(text) for text in mixes], [_guide(text) for text in guides]
+    _check_followed(common, mixed)
+    for fraction in fractions:
+        first = None
+        for mix, guide in itertools.product(mixed, guided):
+            values = {name: value for name, value in common.items() if name not in OWN}
+            values |= _own(mix, common, said) | {"guide": guide.kind} | guide.values
+            if fraction is not None and fraction != 1:
+                values["label_fraction"] = fraction
+            name = mix.name + (f"+{guide.name}" if guide.kind != "none" else "") + _share(fraction)
+            if name in settings:
+                raise SettingsError(f"arm {name} is listed twice")
+            settings[name] = Settings.from_dict(values)
+            if first is None:
+                first = name
+            else:
+                baseline_of[name] = first
+    return Arms(settings, baseline_of)
+
+
+def _own(mix: Spoken, common: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the mixer of an arm: what its words say before the flags before the recipe."""
+    values: dict[str, Any] = {"mix": mix.kind}
+    if mix.kind == recipe.get("mix", "none"):
+        values |= {name: recipe[name] for name in OWN if name in recipe}
+    if _follows(mix.kind):
+        values |= {name: common[name] for name in MAP if name in common}
+    for name, value in mix.values.items():
+        whole = name in ("map_args", "mix_args")
+        values[name] = dict(values.get(name) or {}) | value if whole else value
+    if "map" in mix.values and mix.values["map"] != recipe.get("map"):
+        values["map_args"] = mix.values.get("map_args", {})  # another map has other settings
+    return values
+
+
+def _mixer(text: str) -> Spoken:
+    kind, pairs = _words(text)
+    values: dict[str, Any] = {"mix_args": {}, "map_args": {}}
+    names = []
+    fields = _fields(kind)
+    for key, (value, written) in pairs.items():
+        of_map = key.removeprefix("map.")
+        if key in MAP and key != "map_args":
+            values[key] = value
+            names.append(written if key == "map" else f"{key}={written}")
+        elif of_map != key:
+            values["map_args"][of_map] = value
+            names.append(f"{key if of_map in fields else of_map}={written}")
+        else:
+            values["mix_args"][key] = value
+            names.append(f"{key}={written}")
+    return Spoken(kind, "-".join([kind, *names]), {name: value for name, value in values.items() if value != {}})
+
+
+def _guide(text: str) -> Spoken:
+    kind, pairs = _words(text)
+    for key in pairs:
+        if key != "weight" or kind == "none":
+            raise SettingsError(unknown(f"setting of guide {kind}", key, [] if kind == "none" else ["weight"]))
+    values = {"guide_weight": pairs["weight"][0]} if pairs else {}
+    return Spoken(kind, "-".join([kind, *(f"{key}={written}" for key, (_, written) in pairs.items())]), values)
+
+
+def _words(text: str) -> tuple[str, dict[str, tuple[Any, str]]]:
+    """`name:key=value,key=value` as the name and, by key, the value and how it is written in a folder's name."""
+    kind, colon, rest = text.partition(":")
+    pairs: dict[str, tuple[Any, str]] = {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise SettingsError(f"arm {text!r} does not fit: write name:key=value,key=value")
+        if key in pairs:
+            raise SettingsError(f"arm {text!r} gives {key} twice")
+        pairs[key] = _scalar(value), re.sub(r"[^\w.+=-]+", "_", value).strip("_")
+    return kind.strip(), pairs
+
+
+def _scalar(text: str) -> Any:
+    """A value as YAML reads it, and 1e-3 as a number."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _share(fraction: float | None) -> str:
+    return "" if fraction is None or fraction == 1 else f"-{100 * fraction:g}%"
+
+
+def _follows(kind: str) -> bool:
+    return "map" in _fields(kind)
+
+
+def _fields(kind: str) -> Mapping[str, Any]:
+    """Settings of a mixer, with `map` where it follows one; none for a name that is not known, which Settings tells."""
+    from foveal.mix import MIXERS
+
+    return MIXERS[kind].__dataclass_fields__ if kind in MIXERS else {}
+
+
+def _check_followed(common: Mapping[str, Any], mixes: Sequence[Spoken]) -> None:
+    given = [name for name in MAP if name in common]
+    if given and not any(_follows(mix.kind) for mix in mixes):
+        raise SettingsError(f"{given[0]} is given, but no arm has a mixer that follows a map")
