@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from foveal import chance
 from foveal.maps.errors import MapModelError
@@ -28,8 +29,9 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
-        self.linear2 = nn.Linear(width, width, bias=False)
+        # without torch's own weights, which come from the global generator
+        self.linear = skip_init(nn.Linear, width, width, bias=False)
+        self.linear2 = skip_init(nn.Linear, width, width, bias=False)
 
 
 class Decoders(nn.ModuleList):
@@ -39,7 +41,7 @@ class Decoders(nn.ModuleList):
         return cast("Iterator[Decoder]", super().__iter__())
 
     def __init__(self, depth: int, width: int, seed: int | None = 0) -> None:
-        """depth, width: of the model. seed: weights are normal with deviation 0.02; None: left as torch makes them."""
+        """depth, width: of the model. seed: of weights that are normal with deviation 0.02; None: to be loaded."""
         super().__init__(Decoder(width) for _ in range(depth))
         if seed is not None:
             rng = chance.generator(seed, "init")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal import chance
 from foveal.maps.errors import MapModelError
 from foveal.maps.feedback import Decoders
 
@@ -158,7 +159,8 @@ def _image_size(
 def _build(arguments: dict[str, Any]) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    model: nn.Module = VisionTransformer(**arguments, weight_init="skip")
+    with chance.seeded(0, "init"):  # its weights are replaced; what is drawn for them must not show elsewhere
+        model: nn.Module = VisionTransformer(**arguments)
     return model
 
 
