@@ -66,7 +66,8 @@ def from_official(state: Mapping[str, Tensor], model: CompactTransformer) -> dic
             found.pop(name, None)
         elif name not in found or found[name].shape != own[name].shape:
             found |= {part: own[part] for part in HEAD}
-    if "pos_embed" in found and "pos_embed" in own and found["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+    same_parts = found.keys() == own.keys()
+    if same_parts and "pos_embed" in own and found["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         found["pos_embed"] = model.fitted_positions(found["pos_embed"])
     differing = [
         f"{name} {_shape(found.get(name))} in the checkpoint, {_shape(own.get(name))} in the model"
