@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveal.attention.rows import widen
 from foveal.maps.asking import as_wanted, asking
 from foveal.maps.attended import logits_of
 from foveal.maps.errors import MapModelError
@@ -42,7 +43,7 @@ class InputGradient:
                     f"{type(self.model).__name__} returns {'no logits' if logits is None else tuple(logits.shape)}; "
                     f"logits (B, {self.classes or 'C'}) are needed, one per class of the data"
                 )
-            loss = F.cross_entropy(logits.float(), _targets(labels, logits), reduction="sum")
+            loss = F.cross_entropy(widen(logits), _targets(labels, logits), reduction="sum")
             (gradient,) = torch.autograd.grad(loss, pixels)  # of the sum: a batch mean underflows in half precision
             return found(gradient.float().square().mean(1).sqrt() / len(images), logits)
 
@@ -53,7 +54,7 @@ def _targets(labels: Tensor, logits: Tensor) -> Tensor:
     if labels.dim() == 2:
         if labels.shape[1] != C:
             raise ValueError(f"label rows of {labels.shape[1]} classes but the model has {C}")
-        return labels.float()
+        return labels.to(widen(logits).dtype)
     if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < C:
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} but the model has {C} classes")
     return labels

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from foveal import chance
 from foveal.attention import read
 from foveal.attention.door import bare
+from foveal.attention.rows import widen
 from foveal.maps import guide_files
 from foveal.maps.asking import as_wanted, asking
 from foveal.maps.errors import MapModelError
@@ -178,10 +179,10 @@ def topdown_loss(
     first = model.forward_features(images)
     with read(model, layers="all", what=("tokens", "block_out")) as seen:
         second = guide.again(images, first, guide.rows(images, None))
-    logits = [model.forward_head(tokens).float() for tokens in (first, second)]
+    logits = [widen(model.forward_head(tokens)) for tokens in (first, second)]
     losses = [F.cross_entropy(each, labels, label_smoothing=smoothing) for each in logits]
     errors = [
-        F.mse_loss(decoder.linear(out.detach()).float(), into.detach().float())
+        F.mse_loss(widen(decoder.linear(out.detach())), widen(into.detach()))
         for decoder, into, out in zip(
             guide.decoders, seen.tokens(prefix=True), seen.block_out(prefix=True), strict=True
         )
