@@ -64,16 +64,20 @@ class Costs:
     right: Tensor  # (B, n, n-1)
 
 
-def block_costs(pixels: Tensor, saliency: Tensor, perm: Tensor, smoothness: float, neigh_size: int = 4) -> Costs:
+def block_costs(
+    images: Tensor, std: Tensor, saliency: Tensor, perm: Tensor, smoothness: float, neigh_size: int = 4
+) -> Costs:
     """Costs of every image against its partner.
 
-    pixels: (B, channels, H, W) float32 on the scale [0, 1], up to a constant per channel (only differences count).
+    images: (B, channels, H, W), normalised.  std: (channels,) or (1,) of the normalisation, so that differences of
+    pixels are of values in [0, 1].
     saliency: (B, n, n), sums of 1; n divides H and W.  smoothness: beta' gamma.
     neigh_size: border pixels are means over squares of at most this side, of one that divides the block's.
     """
     n = saliency.shape[-1]
-    sides = [_fitting(neigh_size, pixels.shape[-2] // n), _fitting(neigh_size, pixels.shape[-1] // n)]
-    a = F.avg_pool2d(pixels, sides).unflatten(3, (n, -1)).unflatten(2, (n, -1))  # (B, channels, n, k, n, k')
+    sides = [_fitting(neigh_size, images.shape[-2] // n), _fitting(neigh_size, images.shape[-1] // n)]
+    pixels = F.avg_pool2d(images.float(), sides) * std[:, None, None]
+    a = pixels.unflatten(3, (n, -1)).unflatten(2, (n, -1))  # (B, channels, n, k, n, k')
     b = a[perm]
 
     def down(above: Tensor, below: Tensor) -> Tensor:
@@ -238,33 +242,42 @@ class PuzzleMix(MapMixer[PuzzleDraw]):
             keep = _pixels(mask, images)
             if not self.transport:
                 return Mixed(fade(images, images[perm], keep), perm, keep, (weights,))
-            pieces = self._pieces(images, n)
-            mask, saliency = enlarged(mask, pieces), shares(map, images, pieces)
-            own, seen_own = _transported(images, saliency, mask, self.t_eps)
-            partners, seen_partner = _transported(images[perm], saliency[perm], 1.0 - mask, self.t_eps)
-            homes = (_pixels(seen_own, images), _pixels(seen_partner, images))
-            return Mixed(fade(own, partners, keep), perm, keep, (weights,), *homes)
+            grid = self._pieces(images, n)
+            mask, saliency = enlarged(mask, grid), shares(map, images, grid)
+            pieces, index = transport.cut(images, grid), torch.arange(len(images), device=images.device)
+            plan = transport.plan(saliency, mask > 0, self.t_eps)
+            partners_plan = transport.plan(saliency[perm], mask < 1, self.t_eps)
+            own, partners = pieces[index[:, None], plan.shown], pieces[perm[:, None], partners_plan.shown]
+            mixed = fade(own, partners, mask.flatten(1)[:, :, None, None, None])
+            return Mixed(
+                transport.joined(mixed, grid),
+                perm,
+                keep,
+                (weights,),
+                moved_own=_pixels(transport.seen_at_home(mask, plan), images),
+                moved_partner=_pixels(transport.seen_at_home(1.0 - mask, partners_plan), images),
+            )
 
     def _mask(self, images: Tensor, draw: PuzzleDraw, perm: Tensor, saliency: Tensor) -> Tensor:
         """Share of each block that is the first image: (B, n, n) float32. Waits for the device."""
+        if not self.follows(draw):
+            return torch.ones_like(saliency)
         n = saliency.shape[-1]
         beta = self.beta / (16 * n)
-        pixels = images.detach().float() * self._deviation(images).to(images.device, non_blocking=True)
-        costs = block_costs(pixels, saliency, perm, beta * self.gamma, self.neigh_size)
+        std = self._deviation(images).to(images.device, non_blocking=True)
+        costs = block_costs(images.detach(), std, saliency, perm, beta * self.gamma, self.neigh_size)
+        rows = draw.mixes.nonzero().flatten()
+        here = Costs(*(one.cpu()[rows] for one in (costs.own, costs.partner, costs.down, costs.right)))
         labels = torch.zeros(len(images), n, n)
-        if self.follows(draw):
-            rows = draw.mixes.nonzero().flatten()
-            here = Costs(*(one.cpu()[rows] for one in (costs.own, costs.partner, costs.down, costs.right)))
-            priors = prior(draw.lam[rows], self.n_labels, self.eta, n)
-            labels[rows] = best_labels(here, priors, beta).float()
+        labels[rows] = best_labels(here, prior(draw.lam[rows], self.n_labels, self.eta, n), beta).float()
         return 1.0 - labels.to(images.device) / (self.n_labels - 1)
 
     def _deviation(self, images: Tensor) -> Tensor:
-        """(channels, 1, 1), on the CPU."""
+        """(channels,) or (1,), on the CPU."""
         std = self._model_std if self.std is None else self.std
         if len(std) not in (1, images.shape[1]):
             raise ValueError(f"images of {images.shape[1]} channels but std={std}: give one deviation per channel")
-        return torch.tensor(std)[:, None, None]
+        return torch.tensor(std)
 
     def _pieces(self, images: Tensor, n: int) -> tuple[int, int]:
         """The grid of what moves."""
@@ -294,10 +307,3 @@ class PuzzleMix(MapMixer[PuzzleDraw]):
 def _pixels(blocks: Tensor, images: Tensor) -> Tensor:
     """(B, h, w) to (B, 1, H, W)."""
     return enlarged(blocks, (images.shape[-2], images.shape[-1]))[:, None]
-
-
-def _transported(images: Tensor, saliency: Tensor, weight: Tensor, t_eps: float) -> tuple[Tensor, Tensor]:
-    """The images with their blocks moved, and how much of each block can be seen, in the image's own frame."""
-    grid = (weight.shape[1], weight.shape[2])
-    blocks = transport.plan(saliency, weight > 0, t_eps)
-    return transport.moved(images, blocks, grid), transport.seen_at_home(weight, blocks)

@@ -39,10 +39,11 @@ def shrunk_nearest(images: Tensor, perm: Tensor, box: Tensor) -> Tensor:
     images: (B, channels, H, W).  perm: (B,).  box: (B, 4).  Pixel y of a box of `height` rows from `top` reads row
     floor((y - top) H / height), with torch's rounding (float32), so that it equals torch's interpolation bit for bit.
     """
-    rows = _read(box[:, 0], box[:, 2], images.shape[-2])
-    columns = _read(box[:, 1], box[:, 3], images.shape[-1])
-    channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
-    return images[perm[:, None, None, None], channel, rows[:, None, :, None], columns[:, None, None, :]]
+    channels, H, W = images.shape[1:]
+    rows, columns = _read(box[:, 0], box[:, 2], H), _read(box[:, 1], box[:, 3], W)
+    pixel = (rows[:, :, None] * W + columns[:, None, :]).flatten(1)  # (B, H W)
+    read = images[perm].flatten(2).gather(2, pixel[:, None].expand(-1, channels, -1))
+    return read.view_as(images)
 
 
 def _read(first: Tensor, last: Tensor, pixels: int) -> Tensor:

@@ -22,7 +22,7 @@ from foveal.mix.mixer import Draw, Mixer, check_images
 def fade(images: Tensor, partners: Tensor, keep: Tensor) -> Tensor:
     """keep x_i + (1 - keep) x_p, pixel by pixel, computed in float32 or wider and returned in the images' type.
 
-    images, partners: (B, channels, H, W).  keep: (B, 1, H, W) in [0, 1]; 1 and 0 copy.
+    images, partners: (B, channels, H, W).  keep: (B, 1, H, W) in [0, 1]; 1 and 0 copy. Or any that fit one another.
     """
     wide = torch.promote_types(images.dtype, torch.float32)
     return torch.lerp(partners.to(wide), images.to(wide), keep.to(wide)).to(images.dtype)

@@ -48,28 +48,36 @@ def plan(saliency: Tensor, seen: Tensor, t_eps: float) -> Plan:
 
 
 def _plan(apart: Tensor, saliency: Tensor, seen: Tensor, rounds: int) -> Plan:
-    cost = apart - saliency[:, :, None] * seen[:, None, :]  # (B, N, N) block i at place j
-    blocks = torch.arange(cost.shape[1], device=cost.device).expand_as(saliency)
-    nobody = torch.full_like(blocks, cost.shape[1])
-    winner = nobody
+    B, N = saliency.shape
+    cost = (apart - saliency[:, :, None] * seen[:, None, :]).flatten(0, 1)  # (B N, N) of every block at place j
+    value, claim = cost.min(-1)
+    blocks = torch.arange(N, device=cost.device).expand(B, N)
+    winner = nobody = torch.full_like(blocks, N)
     for _ in range(rounds):
-        value, claim = cost.min(-1)  # (B, N) by block
-        least = torch.full_like(value, torch.inf).scatter_reduce(1, claim, value, "amin")  # by place
-        is_least = value == least.gather(1, claim)
-        winner = nobody.scatter_reduce(1, claim, torch.where(is_least, blocks, nobody), "amin")  # (B, N) by place
-        lost = winner.gather(1, claim) != blocks
-        cost.scatter_add_(2, claim[..., None], lost[..., None].to(cost.dtype))
-    won = winner < nobody
+        price, place = value.view(B, N), claim.view(B, N)  # by block
+        least = torch.full_like(price, torch.inf).scatter_reduce(1, place, price, "amin")  # by place
+        is_least = price == least.gather(1, place)
+        winner = nobody.scatter_reduce(1, place, torch.where(is_least, blocks, nobody), "amin")  # (B, N) by place
+        lost = (winner.gather(1, place) != blocks).flatten().nonzero().flatten()
+        if not len(lost):
+            break
+        cost[lost, claim[lost]] += 1
+        value[lost], claim[lost] = cost[lost].min(-1)  # the others claim what they claimed
+    won = winner < N
     return Plan(torch.where(won, winner, blocks), won)
 
 
-def moved(images: Tensor, blocks: Plan, grid: tuple[int, int]) -> Tensor:
-    """Images with their blocks where the plan says: (B, channels, H, W). H and W are multiples of the grid."""
+def cut(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The blocks of images: (B, N, channels, H/h, W/w). H and W are multiples of the grid (h, w)."""
     h, w = grid
-    cut = images.unflatten(3, (w, -1)).unflatten(2, (h, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    index = torch.arange(len(images), device=images.device)[:, None]  # cut: (B, N, channels, block height, block width)
-    shown: Tensor = cut[index, blocks.shown].unflatten(1, (h, w)).permute(0, 3, 1, 4, 2, 5)
-    return shown.flatten(4, 5).flatten(2, 3)
+    blocks: Tensor = images.unflatten(3, (w, -1)).unflatten(2, (h, -1)).permute(0, 2, 4, 1, 3, 5)
+    return blocks.flatten(1, 2)
+
+
+def joined(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Images of blocks: (B, channels, H, W)."""
+    placed: Tensor = blocks.unflatten(1, grid).permute(0, 3, 1, 4, 2, 5)
+    return placed.flatten(4, 5).flatten(2, 3)
 
 
 def seen_at_home(weight: Tensor, blocks: Plan) -> Tensor:
