@@ -115,7 +115,7 @@ def test_sizes_are_shared_as_the_mode_says_and_areas_are_cutmixs():
     draws = {mode: SaliencyMix(mode=mode).draw(6, (64, 64), rng=rng(1)) for mode in ("batch", "pair", "elem")}
     assert len(draws["batch"].cut.unique(dim=0)) == 1
     assert torch.equal(draws["pair"].cut, draws["pair"].cut.flip(0))
-    assert len(draws["elem"].cut.unique(dim=0)) == 6
+    assert not torch.equal(draws["elem"].cut, draws["elem"].cut.flip(0))
     cut = SaliencyMix(mode="elem").draw(10_000, (1000, 1000), rng=rng()).cut[:, 0].double() / 1000
     assert abs((cut**2).mean() - 0.5) < 5 * math.sqrt(1 / 12 / 10_000) + 2e-3  # 1 - lam is uniform
 
