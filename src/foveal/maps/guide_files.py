@@ -72,10 +72,10 @@ def save(path: str | Path, model: Any, decoders: Decoders, prompt: Tensor | None
         tensors["prompt"] = prompt
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     built = _build(architecture(tensors, heads, size, type(model).__name__))
-    if _plan(built) != _plan(model):
+    if _plan(built) != _plan(model) or getattr(model, "pool_include_prefix", False):
         raise MapModelError(
-            f"{type(model).__name__} differs from a plain timm VisionTransformer of its shapes (activation, norm, or a "
-            "part of its own), so its file could not be loaded again"
+            f"{type(model).__name__} differs from a plain timm VisionTransformer of its shapes (activation, norm, "
+            "pooling, or a part of its own), so its file could not be loaded again"
         )
     notes = {
         "heads": str(heads),
@@ -105,6 +105,8 @@ def architecture(
             f"{name} has no feedback decoders (decoders.N.linear.weight): topdown needs an AbSViT-type checkpoint; "
             "head_cosine needs none"
         )
+    if "dist_token" in tensors:
+        raise MapModelError(f"{name} has a distillation token; a guide has a class token, registers, or neither")
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     if heads is None:
         if width % 64:
@@ -144,16 +146,18 @@ def _image_size(
     rows: int, prefix: int, patch: tuple[int, int], given: tuple[int, ...] | None, name: str
 ) -> tuple[tuple[int, int], bool]:
     """Pixels (height, width), and whether positions leave the prefix out."""
-    for bare_embed in (False, True):
-        cells = rows if bare_embed else rows - prefix
-        if given is not None:
-            if (given[0] // patch[0]) * (given[1] // patch[1]) == cells:
-                return (given[0], given[1]), bare_embed and prefix > 0
-        elif isqrt(max(cells, 0)) ** 2 == cells and cells > 0:
-            return (isqrt(cells) * patch[0], isqrt(cells) * patch[1]), bare_embed and prefix > 0
-    if given is not None:
+    if given is None:
+        side = isqrt(max(rows - prefix, 0))
+        if side == 0 or side**2 != rows - prefix:
+            raise MapModelError(
+                f"{name} has {rows} positions, {prefix} of them no patches: no square grid, give image_size=(height, "
+                "width)"
+            )
+        return (side * patch[0], side * patch[1]), False
+    cells = (given[0] // patch[0]) * (given[1] // patch[1])
+    if cells not in (rows, rows - prefix):
         raise MapModelError(f"{name} has {rows} positions, which do not fit images of {given} in patches of {patch}")
-    raise MapModelError(f"{name} has {rows} positions, which are no square grid: give image_size=(height, width)")
+    return (given[0], given[1]), cells != rows - prefix
 
 
 def _build(arguments: dict[str, Any]) -> nn.Module:
