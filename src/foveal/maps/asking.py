@@ -37,8 +37,8 @@ def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
 def _own_casts(model: nn.Module) -> Iterator[None]:
     """Autocast as it is outside, but without its cache.
 
-    A weight cast here has no gradient; the training forward inside the same autocast block would find that cast in the
-    cache and train nothing.
+    A weight cast here has no gradient; in torch 2.6 to 2.9 the training forward inside the same autocast block would
+    find that cast in the cache and train nothing.
     """
     kind = next((p.device.type for p in model.parameters()), "cpu")
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
