@@ -37,7 +37,7 @@ def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
 def _own_casts(model: nn.Module) -> Iterator[None]:
     """Autocast as it is outside, but without its cache.
 
-    A weight cast here has no gradient; in torch 2.6 to 2.9 the training forward inside the same autocast block would
+    A weight cast here has no gradient; in older torch (2.6) the training forward inside the same autocast block would
     find that cast in the cache and train nothing.
     """
     kind = next((p.device.type for p in model.parameters()), "cpu")
