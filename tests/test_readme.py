@@ -1,4 +1,4 @@
-"""Every code block of the README: Python runs, commands exist and their arguments are understood."""
+"""Every code block of the documents: Python runs, commands exist and their arguments are understood."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/mixing.md"]
 BLOCKS = [
     (f"{name}:{number}", language, code)
     for name in DOCUMENTS
@@ -56,3 +56,10 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_the_table_of_mixers_is_complete():
+    from foveal.mix import MIXERS
+
+    named = re.findall(r"^\| `([\w+]+)` \|", (ROOT / "docs/mixing.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(MIXERS)
