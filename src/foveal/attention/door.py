@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from foveal.attention.anatomy import ROWS, Anatomy, dissect, grid_of
@@ -271,7 +271,7 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def unwind(mode: Catch) -> None:
+def unwind(mode: TorchFunctionMode) -> None:
     """Take `mode` off the function-mode stack if an interrupt left it there; other modes keep their order."""
     while any(m is mode for m in _get_current_function_mode_stack()):
         above = []

@@ -84,6 +84,15 @@ def received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, val
     return _Received.apply(widen(q), widen(k), as_4d(mask), _query_share(q, valid), scale)  # type: ignore[no-any-return]
 
 
+def carried(weight: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """A row vector times the attention map, without the map: what weighted queries give to each token.
+
+    weight: (B, Q), any scale.  q, k, mask: as `received`.  Returns (B, H, T), each row sums to that of `weight`.
+    """
+    q = widen(q)
+    return _Received.apply(q, widen(k), as_4d(mask), weight.to(q.dtype), scale)  # type: ignore[no-any-return]
+
+
 def _query_share(q: Tensor, valid: Tensor | None) -> Tensor:
     """Weight of each query in the mean: (B, Q), rows sum to 1."""
     B, _, Q, _ = q.shape

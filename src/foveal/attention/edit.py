@@ -1,0 +1,289 @@
+"""Change what enters the blocks of a model, for the length of a training step.
+
+    blocks = Blocks(model)                                               # examined once
+    with edit(blocks, change={2: f}, watch={0: g}, extend={3: h}):       # hooks for one forward and its backward
+        logits = model(images)
+
+`change`: f(visit) gives the tokens with which the block then runs.  `watch`: g(tokens, attended) is told, without
+gradient, what a block's own attention saw.  `extend`: h() gives further tokens that the block's attention may look at:
+they get the block's own norm and projections and are appended to keys and values; the number of tokens stays.
+
+The forward must be in training mode, where `change` and `extend` are for; other forwards (evaluation, other threads,
+foveal's own extra ones) run untouched, and so does everything after the block. A block that is checkpointed is
+recomputed in the backward: then `visit.replay` is True and f must do to the tokens what it did before, with the same
+operations. So the backward of a checkpointed model belongs inside the block; outside of it torch raises a
+CheckpointError. Readers that are opened around or inside see the changed tokens, and attention to a block's own tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foveal.attention.anatomy import Layer
+from foveal.attention.blocks import Blocks, compiled
+from foveal.attention.capture import SDPA
+from foveal.attention.door import _Hook, unseen, unwind
+from foveal.attention.errors import ReadError, UnsupportedModelError
+from foveal.attention.layout import TokenLayout
+from foveal.attention.peek import MHA, Attended, AttentionCall, Meet, attention_call, peek, tokens_of, with_tokens
+
+Change = Callable[["Visit"], Tensor]
+Watch = Callable[[Tensor, Attended], None]
+Extend = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Tokens on their way into a block.
+
+    tokens: (B, T, D).  block: its number.  replay: the block is being recomputed for the backward.
+    """
+
+    tokens: Tensor
+    block: int
+    replay: bool
+    layout: TokenLayout
+    layers: Sequence[Layer]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def peek(self, steps: int = 0) -> list[Attended]:
+        """What this block's attention would see, and that of the `steps` blocks after it, on the tokens as they are."""
+        return peek(self.layers[self.block : self.block + steps + 1], self.tokens, self.args, self.kwargs)
+
+
+def edit(
+    blocks: Blocks,
+    change: Mapping[int, Change] | None = None,
+    watch: Mapping[int, Watch] | None = None,
+    extend: Mapping[int, Extend] | None = None,
+) -> Edit:
+    """A block in which a forward of the model is edited; see above. Keys are block numbers counted from 0.
+
+    Raises UnsupportedModelError for a block that cannot be edited so.
+    """
+    for block in {*(change or {}), *(watch or {}), *(extend or {})}:
+        blocks.check_change(block)
+    for block in extend or {}:
+        blocks.check_extend(block)
+    return Edit(blocks, change or {}, watch or {}, extend or {})
+
+
+class Edit:
+    """Hooks on a model, as a `with` block. Made by `edit`."""
+
+    def __init__(
+        self, blocks: Blocks, change: Mapping[int, Change], watch: Mapping[int, Watch], extend: Mapping[int, Extend]
+    ) -> None:
+        self._blocks, self._change, self._watch, self._extend = blocks, change, watch, extend
+        self._handles: list[RemovableHandle] = []
+        self._thread, self._pauses, self._grad = -1, 0, False
+        self._visited: set[int] = set()
+        self._arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of blocks that are running
+        self._modes: dict[int, Meet] = {}
+        self._calls: dict[int, AttentionCall] = {}
+
+    @property
+    def ran(self) -> bool:
+        """Whether a forward went through the edited blocks."""
+        return {*self._change, *self._watch, *self._extend} <= self._visited
+
+    def __enter__(self) -> Edit:
+        self._thread, self._grad = threading.get_ident(), torch.is_grad_enabled()
+        add = self._handles.append
+        try:
+            add(self._blocks.model.register_forward_pre_hook(_RootPre(self)))
+            add(self._blocks.model.register_forward_hook(_RootPost(self), always_call=True))
+            for i in sorted({*self._change, *self._watch, *self._extend}):
+                layer = self._blocks.layers[i]
+                # first of all hooks, so that readers see the tokens as they are changed and keys as they are not
+                add(layer.block.register_forward_pre_hook(_BlockPre(self, i), with_kwargs=True, prepend=True))
+                add(layer.block.register_forward_hook(_BlockPost(self, i), always_call=True))
+                if i in self._watch or i in self._extend:
+                    add(layer.attention.register_forward_pre_hook(_AttentionPre(self, i), prepend=True))
+                    add(layer.attention.register_forward_hook(_AttentionPost(self, i), always_call=True))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            while self._handles:
+                self._handles[-1].remove()
+                self._handles.pop()
+            for mode in self._modes.values():
+                unwind(mode)
+        except BaseException:  # Ctrl-C came in between: finish, then let it through
+            while self._handles:
+                self._handles.pop().remove()
+            raise
+        finally:
+            self._arguments, self._modes, self._calls = {}, {}, {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards in here are not edited; `foveal.attention.unseen` pauses edits as it pauses readers."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    # -- what the hooks do
+
+    def _replaying(self, index: int) -> bool | None:
+        """Whether a block runs again for the backward; None for a run that is not to be edited."""
+        if torch.compiler.is_compiling():
+            raise UnsupportedModelError(compiled("the step"))
+        if self._pauses:
+            return None
+        if torch._C._current_graph_task_id() != -1:  # any thread: autograd has its own
+            return True if index in self._visited else None
+        if threading.get_ident() != self._thread or not self._blocks.model.training:
+            return None
+        return False
+
+    def root_enters(self) -> None:
+        if not self._pauses and threading.get_ident() == self._thread:
+            self._grad = torch.is_grad_enabled()
+
+    def root_leaves(self, failed: bool) -> None:
+        if failed and not self._pauses and threading.get_ident() == self._thread:
+            self._visited.clear()  # a forward that raised may be tried again
+
+    def block_enters(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        replay = self._replaying(index)
+        if replay is None:
+            return None
+        layer = self._blocks.layers[index]
+        if not replay:
+            self._check_first(index, layer)
+            self._visited.add(index)
+        if index in self._change:
+            tokens = tokens_of(args, kwargs)
+            visit = Visit(tokens, index, replay, layer.layout, self._blocks.layers, args, kwargs)
+            args, kwargs = with_tokens(args, kwargs, self._change[index](visit))
+        self._arguments[index] = (args, kwargs)
+        return args, kwargs
+
+    def _check_first(self, index: int, layer: Layer) -> None:
+        if index in self._visited:
+            raise ReadError(
+                f"{layer.name} ran twice in one step, but labels can follow one forward only. Run the model once in "
+                "the block; further forwards go before or after it, in evaluation, or in foveal.attention.unseen(model)"
+            )
+        if self._grad and not torch.is_grad_enabled() and any(p.requires_grad for p in layer.block.parameters()):
+            raise ReadError(
+                f"{layer.name} runs without gradient inside a forward that has gradient: reentrant activation "
+                "checkpointing would run it a second time on its own. Use use_reentrant=False, or put the whole step "
+                "into torch.no_grad() if no gradient is wanted"
+            )
+
+    def block_leaves(self, index: int) -> None:
+        if not self._pauses:
+            self._arguments.pop(index, None)
+
+    def attention_enters(self, index: int) -> None:
+        replay = self._replaying(index)
+        if replay is None or index not in self._arguments:
+            return
+        if index in self._extend:
+            self._modes[index] = self._appending(index)
+        elif not replay:
+            self._modes[index] = Meet(lambda call: self._note(index, call))
+        else:
+            return
+        self._modes[index].__enter__()  # type: ignore[no-untyped-call]
+
+    def attention_leaves(self, index: int, failed: bool) -> None:
+        if self._pauses or (mode := self._modes.pop(index, None)) is None:
+            return
+        unwind(mode)
+        if (call := self._calls.pop(index, None)) is not None and not failed:
+            layer = self._blocks.layers[index]
+            with torch.no_grad():
+                attended = Attended(call.caught(layer.attention), layer.layout)
+                self._watch[index](tokens_of(*self._arguments[index]), attended)
+
+    def _note(self, index: int, call: AttentionCall) -> Any:
+        self._calls.setdefault(index, call)
+        return call.func(*call.args, **call.kwargs)
+
+    def _appending(self, index: int) -> Meet:
+        """A mode that appends keys and values of further tokens to the block's own attention call."""
+        layer = self._blocks.layers[index]
+        extra = self._extend[index]()  # (B, m, D)
+        if not extra.shape[1]:
+            return Meet(lambda call: call.func(*call.args, **call.kwargs))
+        with unseen(layer.block), self.paused():
+            further = attention_call(layer, extra, *self._arguments[index])
+
+        def met(call: AttentionCall) -> Any:
+            if call.func is not further.func or call.func not in (SDPA, MHA):
+                raise UnsupportedModelError(
+                    f"{layer.name} computes attention unfused, where no keys can be appended: turn fused attention on "
+                    "(timm: unset TIMM_FUSED_ATTN; transformers: attn_implementation='sdpa')"
+                )
+            if call.kwargs.get("attn_mask") is not None or any(isinstance(a, Tensor) for a in call.args[3:4]):
+                raise UnsupportedModelError(f"{layer.name} attends under a mask: no keys are appended there")
+            dim = 0 if call.func is MHA else -2  # nn.MultiheadAttention puts the tokens first
+            query, key, value = _named(call)
+            _, more_keys, more_values = _named(further)
+            args = (query, torch.cat([key, more_keys], dim), torch.cat([value, more_values], dim), *call.args[3:])
+            kwargs = {name: given for name, given in call.kwargs.items() if name not in ("query", "key", "value")}
+            return call.func(*args, **kwargs)
+
+        return Meet(met)
+
+
+def _named(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a call."""
+    given = dict(zip(("query", "key", "value"), call.args, strict=False)) | call.kwargs
+    return given["query"], given["key"], given["value"]
+
+
+class _EditHook(_Hook):
+    """A hook of an edit; `unseen` finds it as it finds those of a door."""
+
+    def __init__(self, edit: Edit, index: int = -1) -> None:
+        super().__init__(edit, index)  # type: ignore[arg-type]  # paused() is what a door and an edit share
+        self.edit = edit
+
+
+class _RootPre(_EditHook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.edit.root_enters()
+
+
+class _RootPost(_EditHook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.edit.root_leaves(failed=output is None)
+
+
+class _BlockPre(_EditHook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.edit.block_enters(self.index, args, kwargs)
+
+
+class _BlockPost(_EditHook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.edit.block_leaves(self.index)
+
+
+class _AttentionPre(_EditHook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.edit.attention_enters(self.index)
+
+
+class _AttentionPost(_EditHook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.edit.attention_leaves(self.index, failed=output is None)
