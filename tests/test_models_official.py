@@ -1,6 +1,7 @@
 """Checkpoints of the authors' code, made here under their names."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -108,3 +109,16 @@ def test_training_starts_from_such_a_file(tmp_path):
     save_file(theirs(source) | {"classifier.gate": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(RunError, match="is no name of a Compact-Transformers checkpoint"):
         load_weights(model, tmp_path / "odd.safetensors")
+
+
+def test_timm_loads_such_a_file(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("cct_2_3x2_32")
+    torch.save(theirs(source), tmp_path / "official.pth")
+    overlay = {"file": str(tmp_path / "official.pth")}
+    loaded = timm.create_model("cct_2_3x2_32", pretrained=True, pretrained_cfg_overlay=overlay)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    other = timm.create_model("cct_2_3x2_32", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    assert torch.equal(other.seq_pool.score.weight, source.seq_pool.score.weight)
+    assert other.head.weight.shape == (3, 128)
