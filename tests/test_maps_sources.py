@@ -1,5 +1,6 @@
 """What holds for every source that asks a model: no trace, no gradient, the model's own logits, any grid and batch."""
 
+import contextlib
 import copy
 import inspect
 
@@ -239,6 +240,28 @@ def test_a_copied_model_has_its_own_source(source_of):
             p.zero_()
     torch.manual_seed(3)
     assert not source_of(twin)(images, labels).blank.any()
+
+
+def ask_without_data(source, monkeypatch):
+    """On the device without data every question fails, and so does a tensor that was left on the CPU."""
+    source.model.to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no such device
+    images, labels = torch.empty(3, 3, 32, 32, device="meta"), torch.empty(3, dtype=torch.long, device="meta")
+    found = source(images, labels)
+    assert found.map.device.type == found.logits.device.type == found.blank.device.type == "meta"
+    assert len(source(images, labels.expand(5, 3).T.float()).map) == 3  # rows
+
+
+def test_nothing_is_asked_of_the_device(source_of, monkeypatch):
+    ask_without_data(source_of(vit()), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", [maps.HeadCosine, maps.LabelBiased])
+@pytest.mark.parametrize(
+    "options", [{"label_vectors": "permuted"}, {"label_vectors": "random"}, {"vectors": torch.ones(5, 32)}]
+)
+def test_nothing_is_asked_of_the_device_for_other_vectors(kind, options, monkeypatch):
+    ask_without_data(kind(vit(), **options), monkeypatch)
 
 
 # -- by name
