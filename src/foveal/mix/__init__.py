@@ -7,12 +7,14 @@
 
 from typing import Any
 
+from foveal.mix.alignmix import AlignDraw, AlignMix
 from foveal.mix.attentivemix import AttentiveMix
 from foveal.mix.cutmix import BoxDraw, CutMix
 from foveal.mix.fmix import FMix, MaskDraw
 from foveal.mix.gridmix import GridDraw, GridMix
 from foveal.mix.guided import MapMixer
 from foveal.mix.losses import binary_cross_entropy, paired, soft_cross_entropy
+from foveal.mix.manifold import DepthDraw, ManifoldMixup
 from foveal.mix.mixed import LabelWeights, Mixed, label_rows
 from foveal.mix.mixer import Draw, Mixer, Step
 from foveal.mix.mixup import Mixup, MixupDraw
@@ -24,7 +26,10 @@ from foveal.mix.saliencymix import SaliencyMix
 from foveal.mix.smmix import SMMix
 from foveal.mix.smoothmix import BlobDraw, SmoothMix
 from foveal.mix.tdattenmix import TdAttenMix
+from foveal.mix.token_mixer import TokenMixer
+from foveal.mix.token_mixers import TOKEN_MIXERS, token_mixer
 from foveal.mix.tokenmix import TokenMix
+from foveal.mix.tokenmixup import TokenDraw, TokenMixup
 from foveal.mix.transmix import TransMix
 
 MIXERS: dict[str, type[Mixer[Any]]] = {
@@ -47,16 +52,21 @@ MIXERS: dict[str, type[Mixer[Any]]] = {
 
 __all__ = [
     "MIXERS",
+    "TOKEN_MIXERS",
+    "AlignDraw",
+    "AlignMix",
     "AttentiveMix",
     "BlendBoxDraw",
     "BlobDraw",
     "BoxDraw",
     "CutMix",
+    "DepthDraw",
     "Draw",
     "FMix",
     "GridDraw",
     "GridMix",
     "LabelWeights",
+    "ManifoldMixup",
     "MapMixer",
     "MaskDraw",
     "Mixed",
@@ -73,10 +83,14 @@ __all__ = [
     "SmoothMix",
     "Step",
     "TdAttenMix",
+    "TokenDraw",
     "TokenMix",
+    "TokenMixer",
+    "TokenMixup",
     "TransMix",
     "binary_cross_entropy",
     "label_rows",
     "paired",
     "soft_cross_entropy",
+    "token_mixer",
 ]
