@@ -19,18 +19,18 @@ from foveal.attention import unseen
 @contextmanager
 def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
     """Run `model` in here as often as needed. gradient: keep the graph, for sources that differentiate the input."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(unseen(model))
         stack.enter_context(_own_casts(model))
         stack.enter_context(torch.set_grad_enabled(gradient))
         try:
-            for module, _ in modes:
+            for module in training:
                 module.training = False  # not eval(): what a module does besides (merging adapters) would be a trace
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in training:
+                module.training = True
 
 
 @contextmanager
