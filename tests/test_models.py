@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import foveal.models
-from foveal.models import CompactTransformer, ConvTokenizer, SequencePool, resize_table, sine_table
+from foveal.models import Block, CompactTransformer, ConvTokenizer, SequencePool, resize_table, sine_table
 
 # name: parameters, tokens (class token included), GMACs of convolutions and linears, with attention products
 PUBLISHED = {
@@ -236,6 +236,19 @@ def test_rates_of_dropping():
     dropped = timm.create_model("cct_2_3x2_32", proj_drop_rate=0.5, pos_drop_rate=0.25)
     assert dropped.blocks[0].mlp.drop1.p == dropped.blocks[0].mlp.drop2.p == dropped.blocks[0].attn.proj_drop.p == 0.5
     assert dropped.pos_drop.p == 0.25
+
+
+def test_the_two_branches_of_a_block_are_dropped_independently():
+    torch.manual_seed(0)
+    block = Block(8, num_heads=2, mlp_ratio=2.0, drop_path=0.5).train()
+    kept = []
+    for path in (block.drop_path1, block.drop_path2):
+        path.register_forward_hook(lambda module, args, out: kept.append(out / args[0]))
+    block(torch.randn(64, 3, 8))
+    factors = torch.stack([factor.flatten(1).T for factor in kept])  # (branches, numbers of a sample, samples)
+    assert torch.allclose(factors, factors[:, :1], atol=1e-4)  # a sample is dropped whole
+    pairs = {(round(a), round(b)) for a, b in zip(*factors[:, 0].tolist(), strict=True)}
+    assert pairs == {(0, 0), (0, 2), (2, 0), (2, 2)}  # scaled by 1 / keep
 
 
 # -- tokenizer
