@@ -1,6 +1,6 @@
 """What mixing costs: a training step with each mixer over the plain step.
 
-    python benchmarks/mixing.py [--rounds 8] [--device cuda] [--dtype bfloat16] [--threads 1] [--clock cpu] [--only NAME]
+    python benchmarks/mixing.py [--rounds 8] [--device cuda] [--dtype bfloat16] [--threads 1] [--clock cpu] [--only N]
 
 Forward, loss, backward and an AdamW step, on random images and weights. Every variant runs once per round, in a
 shuffled order, in one process; a ratio is taken within a round; median and quartiles over rounds are printed. Mixers
