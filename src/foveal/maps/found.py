@@ -25,9 +25,11 @@ class Found:
 
 
 class Source(Protocol):
-    """Where to look. `model` is the network behind the map, None where there is none."""
+    """Where to look. `model` is None where no network is asked."""
 
-    model: nn.Module | None
+    @property
+    def model(self) -> nn.Module | None:
+        """The network behind the map."""
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, given: Tensor | None = None) -> Found:
         """Maps of normalised images (B, 3, H, W).
