@@ -67,7 +67,7 @@ def test_every_name_of_the_dictionary_is_tested_here():
 
 @every
 @each_mode
-@pytest.mark.parametrize(("B", "size"), [(1, (32, 32)), (2, (28, 20)), (5, (32, 32)), (8, (7, 50))])
+@pytest.mark.parametrize(("B", "size"), [(1, (32, 32)), (2, (28, 20)), (5, (32, 32)), (8, (7, 50)), (2, (224, 224))])
 def test_pixels_and_labels_follow_the_mask(kind, mode, B, size):
     mixer, images = KINDS[kind](mode), batch(B, size, torch.float64)
     labels = torch.arange(B)

@@ -356,6 +356,19 @@ def test_transport_shows_whole_blocks_of_both_images_and_says_which(size, t_size
     assert moved > 0
 
 
+@pytest.mark.parametrize("t_size", [-1, 14])
+def test_large_images(t_size):
+    """224 pixels: blocks of 14 pixels, which the released neigh_size of 4 does not divide."""
+    images, map, ns = batch(2, (224, 224)), saliency(2, (14, 14)), set()
+    for seed in range(8):
+        draw = PuzzleMix().draw(2, (224, 224), rng=rng(seed))
+        mixed = PuzzleMix(t_size=t_size).apply(images, draw, map)
+        ns.add(int(draw.blocks))
+        assert torch.allclose(mixed.factors[0].own, mixed.keep.mean((1, 2, 3)), atol=1e-6)
+        assert torch.allclose(mixed.factors[0].own, mixed.visible_own.mean((1, 2, 3)), atol=1e-6)
+    assert 16 in ns
+
+
 def test_transport_at_half_weights_adds_up():
     for images, _, mixed in mixes(PuzzleMix(mode="elem"), 6):
         own, partner = (x.mean((1, 2, 3)) for x in (mixed.visible_own, mixed.visible_partner))
