@@ -62,7 +62,8 @@ def on_grid(map: Tensor, grid: tuple[int, int]) -> Tensor:
         return map
     rows = overlaps(map.shape[1], grid[0]).to(map.device, map.dtype)
     columns = overlaps(map.shape[2], grid[1]).to(map.device, map.dtype)
-    return rows @ map @ columns.T
+    with torch.autocast(map.device.type, enabled=False):  # it would multiply in half precision
+        return rows @ map @ columns.T
 
 
 def overlaps(pixels: int, cells: int) -> Tensor:
