@@ -2,11 +2,12 @@
 
     C_ij = sum_t max(S_jt - S_it - rho, 0)        maximise sum_{i easy} C_{i,sigma(i)} over injective sigma
 
-    C_ij = 1/2 ( sum_t |S_jt - S_it - rho| + sum_t S_jt - sum_t S_it - N rho )        since 2 max(x, 0) = |x| + x
+    C_ij = 1/2 ( sum_t |D_jt - S_it| + sum_t D_jt - sum_t S_it ),  D = max(S - rho, 0)        as 2 max(x, 0) = |x| + x
 
 Choi et al., 2022 (TokenMixup, arXiv 2210.07562), equations 6 and 7. The second form is one pairwise L1 distance: no
-tensor of (B, B, N). The assignment is exact, by scipy's shortest augmenting paths on the CPU, the one place where a
-training step waits for the device.
+tensor of (B, B, N). Only what exceeds rho can be gained by an S of 0 or more, so that no sum is larger than S's own.
+The assignment is exact, by scipy's shortest augmenting paths on the CPU, the one place where a training step waits for
+the device.
 
 B batch, N patches.
 """
@@ -26,13 +27,12 @@ PREPARED = 192  # rows from which preparing the problem pays
 def pair_scores(saliency: Tensor, rho: float) -> Tensor:
     """C: what image i (row) would gain in saliency from image j (column), (B, B) >= 0 in float32.
 
-    saliency: (B, N), float64 stays so.  rho: least gain of a token, 0 or more, so that the diagonal is 0. Rows that
-    nothing can improve are exactly 0.
+    saliency: (B, N), 0 or more; float64 stays so.  rho: least gain of a token, 0 or more, so that the diagonal is 0.
+    Rows that nothing can improve are exactly 0.
     """
     S = saliency if saliency.dtype == torch.float64 else saliency.float()
-    total = S.sum(-1)
-    gap = total[None, :] - total[:, None] - S.shape[-1] * rho
-    scores = ((torch.cdist(S + rho, S, p=1.0) + gap) / 2).clamp_min(0)
+    D = (S - rho).clamp_min(0)
+    scores = ((torch.cdist(S, D, p=1.0) + D.sum(-1)[None, :] - S.sum(-1)[:, None]) / 2).clamp_min(0)
     return scores * improvable(S, rho)[:, None]  # the difference of sums above leaves 1e-7 where there is nothing
 
 
