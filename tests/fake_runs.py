@@ -32,10 +32,15 @@ def fake_run(
     classes: tuple[str, ...] | None = None,
     spec: str = SPEC,
     epochs: int = 5,
+    memory: float | None = None,
+    blend_in: int | None = None,
     **settings: Any,
 ) -> Run:
-    """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object."""
-    rng = torch.Generator().manual_seed(seed)
+    """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object.
+
+    memory: its peak in bytes.  blend_in: the seed in which its mixer has the turn of Mixup.
+    """
+    rng, beside = (torch.Generator().manual_seed(key) for key in (seed, 1000 + seed))
     data = load(spec)
     names = classes or data.classes
     folder.mkdir(parents=True)
@@ -55,6 +60,11 @@ def fake_run(
                 arrays["attention"] = noise * (1 + look * inside) / 64
                 arrays["pointing"] = energy_share(arrays["attention"], images.masks)
             arrays["attention_kind"] = np.array("class")
+        gaps = None
+        if images.masks is not None and masks and chosen.mix != "mixup":
+            gaps = torch.rand(len(images), generator=beside) / 4 if chosen.mix != "none" else torch.zeros(len(images))
+            gaps[0] = torch.nan  # nothing can be seen of this pair
+            arrays["label_gap"] = gaps
         np.savez(folder / "predictions" / f"{name}.npz", **{k: np.asarray(v) for k, v in arrays.items()})
         right = logits.argmax(1) == images.labels
         sets[name] = {
@@ -62,7 +72,11 @@ def fake_run(
             "loss": float(torch.nn.functional.cross_entropy(logits.double(), images.labels)),
             "accuracy": float(right.double().mean()),
             "balanced_accuracy": balanced_accuracy(logits, images.labels),
+            "ece": 0.1 + 0.01 * float(torch.rand((), generator=beside)),
             "pointing": float(arrays["pointing"].mean()) if "pointing" in arrays else None,
+            "inconsistency": None
+            if gaps is None
+            else {"gap": float(gaps.double().nanmean()), "skipped": 1, "n": len(images)},
         }
     _json(folder / "split.json", _split(data, names))
     card = {
@@ -71,14 +85,21 @@ def fake_run(
     }  # fmt: skip
     _json(folder / "model.json", card)
     _metrics(folder, epochs, rng)
-    images, labels = data.train.pixels[:8], data.train.labels[:8]
+    images, labels = data.train.pixels[seed : seed + 8], data.train.labels[seed : seed + 8]
     own, weight = torch.eye(len(names))[labels], torch.rand(8, 1, generator=rng)
-    targets = own if chosen.mix == "none" else weight * own + (1 - weight) * own.flip(0)
-    np.savez(folder / "samples.npz", images=images, targets=targets, labels=labels, partners=labels.flip(0))
+    targets, partners = weight * own + (1 - weight) * own.flip(0), labels.flip(0)
+    if chosen.mix == "none":
+        targets, partners = own, labels
+    keep = weight[:, :, None, None].expand(8, 1, 32, 32).clone()
+    if chosen.mix not in ("none", "mixup") and blend_in != seed:
+        keep[..., :16] = 0
+    arrays = {"images": images, "targets": targets, "labels": labels, "partners": partners, "keep": keep}
+    np.savez(folder / "samples.npz", **{k: np.asarray(v) for k, v in arrays.items()})
     both = {"mixed_same", "mixed_rand"} <= sets.keys()
     results = {
         "sets": sets,
         "bg_gap": sets["mixed_same"]["accuracy"] - sets["mixed_rand"]["accuracy"] if both else None,
+        "peak_memory": None if memory is None else {"bytes": memory, "of": "process"},
         "val": {"accuracy": 0.7, "balanced_accuracy": 0.7, "loss": 1.0}, "best_epoch": epochs, "epochs": epochs,
         "images": len(data.train), "parameters": 1234567, "device": "cpu", "precision": "float32", "seconds": 12.5,
         "images_per_second": 987.6, "command": f"foveal train '{spec}' --seed {seed}", "finished": "2025-01-01",

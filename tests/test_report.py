@@ -121,7 +121,7 @@ def test_the_table_holds_the_numbers_of_the_results(compared, page):
     rows = {row[0]: row[1:] for row in Page(page).rows if row}
     content = json.loads((compared.folder / "comparison.json").read_text())["metrics"]
     names = {"accuracy/mixed_same": "accuracy, mixed_same", "accuracy/mixed_rand": "accuracy, mixed_rand",
-             "bg_gap": "BG-Gap", "pointing/mixed_rand": "attention on the object, mixed_rand"}  # fmt: skip
+             "bg_gap": "BG-Gap (less is better)", "pointing/mixed_rand": "attention on the object, mixed_rand"}  # fmt: skip
     for key, name in names.items():
         cells = [" ".join(cell.split()) for cell in rows[name]]
         for cell, arm in zip(cells, ("plain", "guided"), strict=False):
@@ -144,7 +144,7 @@ def test_a_run_tells_its_results(alone):
     for name, scores in run.results["sets"].items():
         assert rows[f"accuracy, {name}"].startswith(number(100 * scores["accuracy"]) + " [")
         assert rows[f"attention on the object, {name}"].startswith(number(100 * scores["pointing"]) + " [")
-    assert rows["BG-Gap"].startswith(number(100 * run.results["bg_gap"]) + " [")
+    assert rows["BG-Gap (less is better)"].startswith(number(100 * run.results["bg_gap"]) + " [")
     assert rows["batch_size"] == "64"
     assert rows["parameters"] == "1,234,567"
     assert run.results["command"] in Page(text).text

@@ -17,7 +17,7 @@ NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "ece": "ECE",
-    "inconsistency": "label inconsistency",
+    "inconsistency": "inconsistency",
     "pointing": "attention on object",
     "bg_gap": "BG-Gap",
 }
@@ -150,7 +150,7 @@ def _others(comparison: Comparison, width: int) -> list[Table]:
     grids: list[list[tuple[str, list[str]]]] = [[]]
     room = width - names
     for head, cells in columns:
-        wide = 3 + max(*(len(cell) for cell in cells), *(len(line) for line in head.split("\n")))
+        wide = 2 + max(*(len(cell) for cell in cells), *(len(line) for line in head.split("\n")))
         if wide > room and grids[-1]:
             grids.append([])
             room = width - names
@@ -171,7 +171,7 @@ def _by_arm(comparison: Comparison, columns: list[tuple[str, list[str]]]) -> Tab
 
 
 def _grid(head: str = "") -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     grid.add_column(head, overflow="fold", max_width=40)
     return grid
 
@@ -202,8 +202,7 @@ def _says_the_same(comparison: Comparison, key: str) -> bool:
 
 def _name(key: str) -> str:
     kind, _, test = key.partition("/")
-    lower = "" if higher_is_better(key) else " (less is better)"
-    return NAMES.get(kind, kind) + (f", {test}" if test else "") + lower
+    return NAMES.get(kind, kind) + (f", {test}" if test else "")
 
 
 def _short(key: str) -> str:
@@ -263,6 +262,9 @@ def _explained(comparison: Comparison, few: bool) -> list[str]:
     """What the columns mean."""
     n = len(comparison.seeds)
     lines = [f"Percent, means over {n} seed{'s' if n > 1 else ''}; BG-Gap and differences in points."]
+    lower = dict.fromkeys(NAMES[key.partition("/")[0]] for key in comparison.metrics if not higher_is_better(key))
+    if few and lower:
+        lines.append(f"less is better: {', '.join(lower)}")
     compared = [arm for arm in comparison.arms if comparison.baseline(arm)]
     if compared:
         bases = dict.fromkeys(str(comparison.baseline(arm)) for arm in compared)
@@ -283,19 +285,8 @@ def _explained(comparison: Comparison, few: bool) -> list[str]:
                 f"Of 20 such intervals about one leaves out zero by chance; here are {len(compared)} a metric."
             )
     if comparison.costs and comparison.costs.arms:
-        lines.append(f"cost: {cost_told(comparison)}")
-    memory = [found for arm in comparison.arms if (found := comparison.memory(arm))]
-    if memory:
-        lines.append(f"peak memory: the most that a run of the arm held, of the {memory[0][1]}")
+        lines.append(f"cost: {comparison.costs.told()}")
+    held = [memory for arm in comparison.arms if (memory := comparison.memory(arm))]
+    if held:
+        lines.append(f"peak memory: the most that a run of the arm held, of the {held[0][1]}")
     return lines
-
-
-def cost_told(comparison: Comparison) -> str:
-    """Under which conditions the cost of a step was measured."""
-    assert comparison.costs is not None
-    said = comparison.costs.conditions
-    threads = f", {said['threads']} thread" if said.get("threads") else ""
-    return (
-        f"a training step over the baseline's, median of {said['rounds']} rounds of {said['steps']} steps,"
-        f" batch {said['batch_size']}, {said['precision']} on {said['device']}{threads}"
-    )

@@ -173,7 +173,7 @@ def slopes(arms: Sequence[Slope], names: tuple[str, str], *, label: str, height:
         places = _apart([y(arm.ends[end]) for arm in arms], 18)
         for arm, place in zip(arms, places, strict=True):
             text = number(arm.ends[end])
-            if end == 1 and len(arm.name) <= 12:  # a longer one would not fit a phone; the key has it
+            if end == 1 and len(arm.name) <= 8:  # a longer one would not fit a phone; the key has it
                 text += f" {arm.name}"
             marks.append(
                 Markup('<text class="value {}" x="{}%" dx="{}" y="{:.1f}" dy="5" text-anchor="{}">{}</text>').format(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from foveal.report import chart
 from foveal.report.axes import Scale, number
-from foveal.report.gather import Subject
+from foveal.report.gather import Arm, Subject
 from foveal.train.run import Run
 
 MOST_CLASSES = 12  # in a chart or a confusion matrix
@@ -31,10 +32,10 @@ class ByClass:
     hidden: int
 
 
-def by_class(subject: Subject) -> ByClass:
+def by_class(subject: Subject, arms: Sequence[Arm]) -> ByClass:
     """Accuracy of each class on the main test set, mean over seeds; of many classes those that differ most."""
-    arms, names = subject.arms, subject.first.classes
-    shares = [np.nanmean([recalls(run, subject.main_test) for run in arm.runs], 0) for arm in arms]
+    names = subject.first.classes
+    shares = [_means(np.array([recalls(run, subject.main_test) for run in arm.runs])) for arm in arms]
     counts = np.bincount(subject.first.predictions(subject.main_test).labels, minlength=len(names))
     present = [c for c in range(len(counts)) if counts[c]]
     weight = -np.ptp(shares, 0) if len(arms) > 1 else shares[0]
@@ -55,6 +56,14 @@ def by_class(subject: Subject) -> ByClass:
         len(chosen),
         len(present) - len(chosen),
     )
+
+
+def _means(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(C,) means over the seeds that have images of a class; NaN for a class without."""
+    there = np.isfinite(rows)
+    total = np.where(there, rows, 0.0).sum(0)
+    means: NDArray[np.float64] = np.divide(total, there.sum(0), out=np.full(total.shape, np.nan), where=there.any(0))
+    return means
 
 
 def recalls(run: Run, test: str) -> NDArray[np.float64]:

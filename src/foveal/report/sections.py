@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from foveal.report import chart
 from foveal.report.axes import number, scale
-from foveal.report.gather import Arm, Subject
-from foveal.report.words import Measure, between, is_clear, judgement, level, points
+from foveal.report.gather import Arm, Measured, Subject
+from foveal.report.words import NOTHING, Measure, between, judgement, level, points, rounded
 from foveal.stats import Interval
 from foveal.train.run import Run
 
@@ -46,10 +46,13 @@ def facts(subject: Subject, measures: Sequence[Measure]) -> list[Fact]:
     found = []
     for measure in measures:
         by_arm = subject.numbers[measure.key]
+        if any(arm.name not in by_arm for arm in subject.arms):
+            continue
         value = by_arm[subject.arms[-1].name]
         unit = "points" if measure.key == "bg_gap" else "%"
         if subject.others:
-            assert value.difference is not None
+            if value.difference is None:
+                continue
             before = number(100 * by_arm[subject.base.name].over_images.mean)
             change = f"{points(value.difference.mean)} points {between(value.difference, sign=True)}"
         else:
@@ -60,44 +63,62 @@ def facts(subject: Subject, measures: Sequence[Measure]) -> list[Fact]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a forest plot."""
+    """One row of a forest plot. cost: of a training step, "" where it was not measured or is said elsewhere."""
 
     name: str
     note: str
     chart: Markup
     value: str
     says: str
+    cost: str = ""
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Rows on one axis, under headings where there are several arms."""
+    """Rows on one axis: of one measure for several arms, or of all measures of one arm, then without a heading."""
 
-    rows: tuple[tuple[str, tuple[Row, ...]], ...]
+    heading: str
+    note: str
+    rows: tuple[Row, ...]
     axis: Markup
     over: str
     over_seeds: str
+    costs: bool = False
 
 
-def forest(subject: Subject) -> Forest | None:
-    """Differences to the baseline in points, with their intervals, one row per measure (and arm)."""
-    cells: list[tuple[Measure, Arm, Interval, Interval | None]] = []
-    for measure in subject.measures:
-        for arm in subject.others:
-            found = subject.numbers[measure.key].get(arm.name)
-            if found and found.difference:
-                cells.append((measure, arm, found.difference, found.difference_over_seeds))
-    if not cells:
-        return None
-    ends = [0.0]
-    for _, _, inner, outer in cells:
-        ends += [100 * v for v in (inner.mean, inner.low, inner.high) if math.isfinite(v)]
-        if outer and outer.available:  # with few seeds it may be huge: it may leave the axis, the dot may not
-            ends += [100 * min(max(v, inner.mean - 0.25), inner.mean + 0.25) for v in (outer.low, outer.high)]
-    axis = scale(ends, 6)
-    many = len(subject.others) > 1
-    rows: dict[str, list[Row]] = {}
-    for measure, arm, inner, outer in cells:
+def forests(subject: Subject) -> list[Forest]:
+    """Differences to the baseline in points, with their intervals.
+
+    One other arm: one forest of all measures. Several: one for each measure, the main one first.
+    """
+    compared = [arm for arm in subject.arms if arm.base]
+    several = len(subject.others) > 1
+    measures = sorted(subject.measures, key=lambda measure: several and measure.key != f"accuracy/{subject.main_test}")
+    cells = [
+        (measure, arm, found)
+        for measure in measures
+        for arm in compared
+        if (found := subject.numbers[measure.key].get(arm.name)) and found.difference
+    ]
+    if not several:
+        return [_forest(subject, "", "", cells)] if cells else []
+    made: list[Forest] = []
+    for measure in measures:
+        if own := [cell for cell in cells if cell[0] is measure]:
+            note = "" if measure.higher_is_better else "less is better"
+            made.append(_forest(subject, measure.name, note, own, costs=not made))
+    return made
+
+
+def _forest(
+    subject: Subject, heading: str, note: str, cells: Sequence[tuple[Measure, Arm, Measured]], costs: bool = False
+) -> Forest:
+    axis = scale(_ends([(found.difference, found.difference_over_seeds) for _, _, found in cells]), 6)
+    costs = costs and any(arm.cost for _, arm, _ in cells)
+    rows = []
+    for measure, arm, found in cells:
+        inner, outer = found.difference, found.difference_over_seeds
+        assert inner is not None
         says = judgement(measure, inner, outer)
         low, high = (inner.low, inner.high) if inner.available else (inner.mean, inner.mean)
         span = chart.Span(
@@ -105,29 +126,53 @@ def forest(subject: Subject) -> Forest | None:
             100 * low,
             100 * high,
             outer=(100 * outer.low, 100 * outer.high) if outer and outer.available else None,
-            clear=is_clear(inner),
+            clear=says != NOTHING,
         )
-        label = f"{arm.name} minus {subject.base.name}, {measure.name}: {points(inner.mean)} points, {says}"
-        note = "" if measure.higher_is_better else "lower is better"
-        row = Row(
-            name=arm.name if many else measure.name,
-            note="" if many else note,
-            chart=chart.strip([span], axis, label=label, zero=True, height=46),
-            value=f"{points(inner.mean)} {between(inner, sign=True)}",
-            says=says,
+        shown = inner if inner.available or outer is None else outer
+        agreed = f"{found.agreement} · " if found.agreement and found.agreement.n > 1 else ""
+        rows.append(
+            Row(
+                name=arm.name if heading else measure.name,
+                note="" if heading or measure.higher_is_better else "less is better",
+                chart=chart.strip(
+                    [span],
+                    axis,
+                    label=f"{arm.name} minus {arm.base}, {measure.name}: {points(inner.mean)} points, {says}",
+                    zero=True,
+                    height=46,
+                ),
+                value=f"{points(inner.mean)} {between(shown, sign=True)}",
+                says=f"{agreed}{says}",
+                cost=rounded(arm.cost) if costs and arm.cost else "",
+            )
         )
-        heading = f"{measure.name}{', ' + note if note else ''}" if many else ""
-        rows.setdefault(heading, []).append(row)
-    over, over_seeds = cells[0][2], cells[0][3]
+    inner, outer = (
+        next((one for one in each if one is not None and one.available), None)
+        for each in zip(*((found.difference, found.difference_over_seeds) for _, _, found in cells), strict=True)
+    )
     return Forest(
-        rows=tuple((heading, tuple(each)) for heading, each in rows.items()),
-        axis=chart.axis_strip(axis),
-        over=f"{level(over)} interval over {over.over}",
-        over_seeds="" if over_seeds is None else f"{level(over_seeds)} interval over {over_seeds.over}",
+        heading,
+        note,
+        tuple(rows),
+        chart.axis_strip(axis),
+        over=f"{level(inner)} interval over {inner.over}" if inner else "",
+        over_seeds=f"{level(outer)} interval over {outer.over}" if outer else "",
+        costs=costs,
     )
 
 
-def backgrounds(subject: Subject) -> list[Panel]:
+def _ends(intervals: Sequence[tuple[Interval | None, Interval | None]]) -> list[float]:
+    """What the axis must hold, in points."""
+    ends = [0.0]
+    for inner, outer in intervals:
+        assert inner is not None
+        ends += [100 * v for v in (inner.mean, inner.low, inner.high) if math.isfinite(v)]
+        if outer and outer.available:  # with few seeds it may be huge: it may leave the axis, the dot may not
+            ends += [100 * min(max(v, inner.mean - 0.25), inner.mean + 0.25) for v in (outer.low, outer.high)]
+    return ends
+
+
+def backgrounds(subject: Subject, arms: Sequence[Arm]) -> list[Panel]:
     """Accuracy on mixed_same and mixed_rand, a line per arm; nothing without these sets."""
     keys = ("accuracy/mixed_same", "accuracy/mixed_rand")
     if not subject.others or not all(key in subject.numbers for key in keys):
@@ -140,35 +185,35 @@ def backgrounds(subject: Subject) -> list[Panel]:
         return chart.Slope(arm.kind, arm.name, ends, [(100 * a, 100 * b) for a, b in seeds])
 
     panels = []
-    for arms in _panels(subject):
-        said = [f"{arm.name}: {number(slope(arm).ends[0])} to {number(slope(arm).ends[1])} %" for arm in arms]
-        drawn = chart.slopes([slope(arm) for arm in arms], ("mixed_same", "mixed_rand"), label="; ".join(said))
-        panels.append(Panel("accuracy, %", arms, drawn))
+    for pair in _panels(arms):
+        said = [f"{arm.name}: {number(slope(arm).ends[0])} to {number(slope(arm).ends[1])} %" for arm in pair]
+        drawn = chart.slopes([slope(arm) for arm in pair], ("mixed_same", "mixed_rand"), label="; ".join(said))
+        panels.append(Panel("accuracy, %", pair, drawn))
     return panels
 
 
-def curves(subject: Subject) -> list[Panel]:
+def curves(subject: Subject, arms: Sequence[Arm]) -> list[Panel]:
     """Training, epoch by epoch: validation accuracy and loss per arm; for a single run, training beside it."""
     found = []
     for column, title, unit in (("accuracy", "accuracy", "%"), ("loss", "loss", "")):
         if column == "loss" and len(subject.others) > 1:
             break  # a panel per arm is enough
         factor = 100 if unit else 1
-        for arms in _panels(subject):
+        for pair in _panels(arms):
             lines = []
-            for arm in arms:
+            for arm in pair:
                 lines += _lines(arm, f"val_{column}", arm.kind, factor)
             name = f"validation {title}"
             if not subject.others:
-                lines += _lines(arms[0], f"train_{column}", "base", factor)
+                lines += _lines(pair[0], f"train_{column}", "base", factor)
                 name = title
             if lines:
                 drawn = chart.curves(lines, label=f"{name} by epoch", unit=unit)
-                found.append(Panel(name, arms, drawn))
+                found.append(Panel(name, pair, drawn))
     return found
 
 
-def gazes(subject: Subject, even: Mapping[str, float | None]) -> list[tuple[str, Panel]]:
+def gazes(subject: Subject, arms: Sequence[Arm], even: Mapping[str, float | None]) -> list[tuple[str, Panel]]:
     """How much of the attention falls on the object, image by image: a distribution per test set."""
     found = []
     edges = [100 * i / BINS for i in range(BINS + 1)]
@@ -176,12 +221,13 @@ def gazes(subject: Subject, even: Mapping[str, float | None]) -> list[tuple[str,
         kind, _, test = measure.key.partition("/")
         if kind != "pointing" or (test != subject.main_test and subject.others):
             continue
-        for arms in _panels(subject):
+        held = subject.numbers[measure.key]
+        for pair in _panels([arm for arm in arms if arm.name in held]):
             shapes, said = [], []
-            for arm in arms:
+            for arm in pair:
                 shares = np.concatenate([_pointing(run, test) for run in arm.runs])
                 counts, _ = np.histogram(100 * shares, bins=edges)
-                mean = 100 * subject.numbers[measure.key][arm.name].over_images.mean
+                mean = 100 * held[arm.name].over_images.mean
                 shapes.append(chart.Histogram(arm.kind, (counts / counts.sum()).tolist(), mean))
                 said.append(f"{arm.name} {number(mean)} % on average")
             share = even.get(test)
@@ -191,13 +237,15 @@ def gazes(subject: Subject, even: Mapping[str, float | None]) -> list[tuple[str,
                 label="; ".join(said),
                 even=None if share is None else 100 * share,
             )
-            found.append((test, Panel("; ".join(said), arms, drawn)))
+            found.append((test, Panel("; ".join(said), pair, drawn)))
     return found
 
 
-def _panels(subject: Subject) -> list[tuple[Arm, ...]]:
-    """Arms that share a chart: each with the baseline, which is grey, so that one accent colour is enough."""
-    return [(subject.base, arm) for arm in subject.others] or [(subject.base,)]
+def _panels(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
+    """Arms that share a chart: each with its baseline, which is grey, so that one accent colour is enough."""
+    by_name = {arm.name: arm for arm in arms}
+    alone = len(arms) == 1
+    return [(by_name[arm.base], arm) if arm.base in by_name else (arm,) for arm in arms if alone or arm.kind == "arm"]
 
 
 def _lines(arm: Arm, column: str, kind: str, factor: float) -> list[chart.Line]:

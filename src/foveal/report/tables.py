@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from foveal.report.axes import number
-from foveal.report.gather import Arm, Subject
-from foveal.report.words import between
+from foveal.report.gather import Arm, Measured, Subject
+from foveal.report.words import between, gigabytes, is_clear, points, rounded
 from foveal.stats import Interval
 from foveal.train.run import Run
 
@@ -27,12 +27,84 @@ def numbers(subject: Subject) -> list[tuple[str, list[Number]]]:
     rows = []
     for measure in subject.measures:
         held = subject.numbers[measure.key]
-        cells = [_number(found.over_images, found.over_seeds, found.values) for found in held.values()]
-        for arm in subject.others:
-            if (found := held[arm.name]).difference:
-                cells.append(_number(found.difference, found.difference_over_seeds, (), sign=True))
-        rows.append((measure.name, cells))
+        cells = [_value(held.get(arm.name)) for arm in subject.arms]
+        cells += [_difference(held.get(arm.name)) for arm in subject.others if arm.base]
+        rows.append((measure.name + ("" if measure.higher_is_better else " (less is better)"), cells))
     return rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measure of many arms: a row for each."""
+
+    name: str
+    rows: tuple[tuple[str, Number, Number, str], ...]  # arm, value, difference, how many seeds agree on its sign
+
+
+def by_measure(subject: Subject) -> list[Table]:
+    """All numbers of many arms, a table per measure with the arms as rows."""
+    found = []
+    for measure in subject.measures:
+        held = subject.numbers[measure.key]
+        rows = [
+            (arm.name, _value(held[arm.name]), _difference(held[arm.name]), str(held[arm.name].agreement or ""))
+            for arm in subject.arms
+            if arm.name in held
+        ]
+        found.append(Table(measure.name + ("" if measure.higher_is_better else " (less is better)"), tuple(rows)))
+    return found
+
+
+@dataclass(frozen=True)
+class Glance:
+    """All arms in one table: columns (name, which way is better), and per arm a cell for each."""
+
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Arm, tuple[Number, ...]], ...]
+
+
+def glance(subject: Subject) -> Glance:
+    """Arms as rows: means on the main test set with their differences, cost of a step, peak memory.
+
+    A difference whose interval over seeds leaves out zero is marked with a star.
+    """
+    test = f"/{subject.main_test}"
+    measures = [
+        m for m in subject.measures if "/" not in m.key or m.key.endswith(test) or m.key.startswith("accuracy/")
+    ]
+    columns = [(m.name, "more is better" if m.higher_is_better else "less is better") for m in measures]
+    costs, memory = any(arm.cost for arm in subject.arms), any(arm.memory for arm in subject.arms)
+    columns += [("cost of a step", "less is better")] * costs + [("peak memory", "less is better")] * memory
+    rows = []
+    for arm in subject.arms:
+        cells = [_short(subject.numbers[m.key].get(arm.name)) for m in measures]
+        if costs:
+            cells.append(Number(rounded(arm.cost)) if arm.cost else Number(MISSING))
+        if memory:
+            cells.append(Number(gigabytes(arm.memory) if arm.memory else MISSING))
+        rows.append((arm, tuple(cells)))
+    return Glance(tuple(columns), tuple(rows))
+
+
+MISSING = "—"
+
+
+def _short(found: Measured | None) -> Number:
+    if found is None:
+        return Number(MISSING)
+    seeds = found.difference_over_seeds
+    mean = number(100 * sum(found.values) / len(found.values))
+    return Number(mean, "" if seeds is None else points(seeds.mean) + ("*" if is_clear(seeds) else ""))
+
+
+def _value(found: Measured | None) -> Number:
+    return Number(MISSING) if found is None else _number(found.over_images, found.over_seeds, found.values)
+
+
+def _difference(found: Measured | None) -> Number:
+    if found is None or found.difference is None:
+        return Number(MISSING)
+    return _number(found.difference, found.difference_over_seeds, (), sign=True)
 
 
 def _number(images: Interval, seeds: Interval | None, values: Sequence[float], *, sign: bool = False) -> Number:

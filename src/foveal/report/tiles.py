@@ -121,8 +121,8 @@ class Sample:
     labels: tuple[tuple[str, float], ...]
 
 
-def samples(run: Run) -> list[Sample]:
-    """The images of samples.npz; none if the run has no such file."""
+def samples(run: Run, side: int = SIDE) -> list[Sample]:
+    """The images of samples.npz, `side` pixels wide; none if the run has no such file."""
     file = run.folder / "samples.npz"
     if not file.is_file():
         return []
@@ -132,7 +132,7 @@ def samples(run: Run) -> list[Sample]:
     for image, target in zip(images, targets, strict=True):
         order = [int(c) for c in np.argsort(-target, kind="stable")[:3] if target[c] >= 0.005]
         labels = tuple((run.classes[c], float(target[c])) for c in order)
-        found.append(Sample(uri(resize(image, SIDE)), labels))
+        found.append(Sample(uri(resize(image, side)), labels))
     return found
 
 

@@ -5,12 +5,14 @@ A verdict claims a difference only where its interval leaves out zero; else it s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from foveal.report.axes import number
 from foveal.stats import Interval
+from foveal.train.costs import Cost
 
 TESTS = {
     "mixed_same": "objects in front of a background of their own class, which helps to guess",
@@ -39,7 +41,21 @@ MIXERS = {
     "cutmix": "which pastes a box of one image into another and weighs the labels by area",
     "mixup+cutmix": "which blends (Mixup) or pastes (CutMix) two images, batch by batch",
     "transmix": "which pastes a box of one image into another and weighs the labels by the attention on each part",
+    "tdattenmix": "which pastes the window that the partner’s class attends to most over the one that the image’s own "
+    "class attends to least, and weighs the labels by area and attention",
+    "smmix": "which pastes the most attended window of one image over the least attended one of another",
+    "saliencymix": "which pastes a box around the most salient point of one image into another",
+    "attentivemix": "which pastes the most attended cells of one image into another",
+    "tokenmix": "which pastes scattered blocks of cells and weighs the labels by the attention on what can be seen",
+    "puzzlemix": "which cuts two images along their salient parts by the cheapest cut",
+    "fmix": "which mixes two images by a mask of random smooth shapes",
+    "gridmix": "which pastes one image through a grid of holes into another",
+    "resizemix": "which pastes the whole of one image, made smaller, into another",
+    "smoothmix": "which blends two images by a soft round mask",
 }
+
+
+NOTHING, THESE = "no difference can be claimed", " in these runs"
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,24 @@ def pointing_of(test: str) -> Measure:
         f"pointing/{test}",
         f"attention on the object, {test}",
         "share of the attention that falls on the object’s pixels (energy-based pointing game)",
+    )
+
+
+def ece_of(test: str) -> Measure:
+    return Measure(
+        f"ece/{test}",
+        f"calibration error, {test}",
+        "by how much the answers’ confidence differs from how often they are right (expected calibration error)",
+        higher_is_better=False,
+    )
+
+
+def inconsistency_of(test: str) -> Measure:
+    return Measure(
+        f"inconsistency/{test}",
+        f"label inconsistency, {test}",
+        "by how much the labels that the mixer gives to pairs of images differ from what is seen of the two objects",
+        higher_is_better=False,
     )
 
 
@@ -109,11 +143,15 @@ def is_clear(interval: Interval) -> bool:
 
 
 def judgement(measure: Measure, images: Interval, seeds: Interval | None) -> str:
-    """What may be said of a row: better, worse, or that no difference can be claimed."""
-    if not is_clear(images):
-        return "no difference can be claimed"
+    """What may be said of a row: better, worse, or that no difference can be claimed.
+
+    A measure that is no mean over images is judged by its interval over seeds alone.
+    """
+    of_seeds = seeds is not None and is_clear(seeds)
+    if not (is_clear(images) or (of_seeds and not images.available)):
+        return NOTHING
     said = "better" if (images.mean > 0) == measure.higher_is_better else "worse"
-    return said if seeds is not None and is_clear(seeds) else f"{said} in these runs"
+    return said if of_seeds else f"{said}{THESE}"
 
 
 def verdict(arm: str, baseline: str, test: str, images: Interval, seeds: Interval | None) -> Markup:
@@ -145,3 +183,19 @@ def _rests(interval: Interval) -> str:
         return f"interval {interval.over}"
     zero = "" if is_clear(interval) else ", which holds zero"
     return f"{level(interval)} interval {between(interval, sign=True)}{zero}, paired {interval.over}"
+
+
+def rounded(cost: Cost) -> str:
+    """What a step costs beside one of the baseline: "× 1.20"; in milliseconds for a baseline."""
+    if cost.ratio is None:
+        return f"{1000 * cost.seconds:.3g} ms"
+    return f"× {cost.ratio:.2f}"
+
+
+def gigabytes(memory: float) -> str:
+    return f"{memory / 1e9:.2f} GB"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

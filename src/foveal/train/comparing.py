@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from foveal import __version__
 from foveal.data import DataError
 from foveal.train.comparison import Comparison
 from foveal.train.errors import Interrupted, RunError, SettingsError
@@ -90,7 +91,9 @@ def _train(order: Sequence[Settings], jobs: int | None, memory: float | None, te
         if jobs is None:
             return dict(_one_by_one(order, tell))
         from foveal.train.crew import train_all
+        from foveal.train.fitting import load_data
 
+        load_data(order[0])  # what is wrong with the data is told before a process is started
         return train_all(order, min(jobs, len(order)), tell, None if memory is None else memory * GB)
     except KeyboardInterrupt:
         raise Interrupted(AGAIN) from None
@@ -140,6 +143,8 @@ def _check(
         raise SettingsError(f"memory={memory} must be above 0: it is in GB")
     if memory is not None and not can_be_read():
         raise SettingsError("memory needs to see what processes hold: that takes Linux, or the package psutil")
+    if not all(settings.data for settings in arms.values()):
+        raise SettingsError("no data given: a folder of class folders, a .npz pack, scenes, digits, cifar10, ...")
     for settings in {(one.model, one.image_size, str(one.model_args)): one for one in arms.values()}.values():
         resolve(settings)
     for settings in {one.device: one for one in arms.values()}.values():
@@ -154,6 +159,7 @@ def _told(
     """What comparison.json says of how it was made."""
     return {
         "format": FORMAT,
+        "version": __version__,
         "baseline": next(iter(arms)),
         "baseline_of": dict(baseline_of),
         "arms": list(arms),

@@ -62,6 +62,16 @@ class Costs:
     conditions: Mapping[str, Any]
     failed: Mapping[str, str]
 
+    def told(self) -> str:
+        """What was measured under which conditions, as a clause."""
+        said = self.conditions
+        threads = f", {said['threads']} thread" if said.get("threads") else ""
+        return (
+            f"time of a training step over that of the baseline, median of {said.get('rounds')} rounds of"
+            f" {said.get('steps')} steps in turns, batch {said.get('batch_size')}, {said.get('precision')} on"
+            f" {said.get('device')}{threads}"
+        )
+
 
 def measure_costs(arms: Mapping[str, Settings], baseline_of: Mapping[str, str], seconds: float = 60.0) -> Costs:
     """Measure a step of each arm in about `seconds`, or a little more than it takes to do each a few times.
@@ -111,10 +121,11 @@ def measure_costs(arms: Mapping[str, Settings], baseline_of: Mapping[str, str], 
 
 
 Step = Callable[[int, int], object]  # (number, which keys its draws; images) -> anything
+Clock = Callable[[Callable[[], object]], float]  # what to time -> seconds
 
 
 def interleaved(
-    steps: Mapping[str, Step], size: int, rounds: int, clock: Callable[[Callable[[], object]], float], until: float
+    steps: Mapping[str, Step], size: int, rounds: int, clock: Clock, until: float
 ) -> dict[str, list[float]]:
     """Mean seconds of a step in each round, by arm: in every round each takes STEPS steps, in turns.
 
@@ -257,29 +268,25 @@ def _fitted(
     """Times of the rounds that fit into `seconds`, with the batch size for which they do: (times, size, rounds)."""
     if not steps:
         return {}, 0, 0
-    until = time.monotonic() + 2 * seconds
-    size, fewest = min(most, 4), ROUNDS[0] * STEPS
-    once = _elapsed(steps, size)
-    if once * most / size * fewest > seconds:
-        size = max(size, int(size * seconds / (once * fewest)))
-    else:
-        size = most
-    once = _elapsed(steps, size)  # and the warm-up for this size
-    rounds = min(max(int(seconds / max(once * STEPS, 1e-9)), ROUNDS[0]), ROUNDS[1])
-    times = interleaved(steps, size, rounds, _clock(device), until)
+    until, clock = time.monotonic() + 2 * seconds, _clock(device)
+    size = min(most, 4)
+    once = _once(steps, size, clock)
+    while size < most and 2 * once * STEPS * ROUNDS[0] < seconds:  # twice the images take at most twice the time
+        size = min(2 * size, most)
+        once = _once(steps, size, clock)
+    rounds = min(max(int(seconds / (once * STEPS)), ROUNDS[0]), ROUNDS[1])
+    times = interleaved(steps, size, rounds, clock, until)
     return times, size, len(next(iter(times.values())))
 
 
-def _elapsed(steps: Mapping[str, Step], size: int) -> float:
-    """Seconds that a step of every arm takes together, mean over two."""
-    begun = time.monotonic()
-    for number in (0, 1):
-        for run in steps.values():
-            run(number, size)
-    return (time.monotonic() - begun) / 2
+def _once(steps: Mapping[str, Step], size: int, clock: Clock) -> float:
+    """Seconds that a step of every arm takes together, after one to warm up for this size."""
+    for run in steps.values():
+        run(0, size)
+    return sum(clock(lambda run=run: run(1, size)) for run in steps.values())  # type: ignore[misc]
 
 
-def _clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def _clock(device: torch.device) -> Clock:
     if device.type == "cuda":
         return _on_cuda
     return _by_processor if device.type == "cpu" else _by_wall

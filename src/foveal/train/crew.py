@@ -21,6 +21,7 @@ from foveal.train.room import Held, cores, has_room, held
 from foveal.train.settings import Settings
 
 Tell = Callable[[str, dict[str, Any]], None]
+WORKER = (sys.executable, "-m", "foveal.train.worker")
 LOOK = 0.5  # seconds between two looks at the memory
 
 
@@ -124,7 +125,7 @@ class _Worker:
         self.run: Settings | None = None
         self.held = Held(0, 0)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "foveal.train.worker"],
+            WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | environ,
