@@ -406,3 +406,53 @@ def test_cells_that_do_not_fit_are_named(name):
         made(name).draw(4, (28, 20), rng=rng())
     with pytest.raises(ValueError, match="at least one cell"):
         made(name, cells=(0, 4))
+
+
+@pytest.mark.parametrize("name", ["tdattenmix", "tokenmix", "saliencymix"])
+@pytest.mark.parametrize(
+    "map",
+    [
+        "head_cosine",
+        "label_biased",
+        "class_attention",
+        "received_attention",
+        "centre_surround",
+        "spectral_residual",
+        "input_gradient",
+        "given",
+    ],
+)
+def test_any_map_by_its_name(name, map):
+    """With masks given, for the map `given`; others do not look at them."""
+    model, (images, labels) = vit(), labelled(5)
+    masks = torch.zeros(5, 32, 32)
+    masks[:, 4:20, 8:16] = 1.0
+    mixer = made(name, map=map)
+    with mixer.on(model, images, labels, rng=rng(), given=masks) as step:
+        losses = step.losses(model(step.images))
+        torch.stack(list(losses.values())).sum().backward()
+    assert (step.mixed.keep < 1).any()
+    assert step.measures()["map_on_object"].isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_compiled_model_compiles_once_for_each_kind_of_step():
+    """Steps that read the training forward and steps that do not take one graph each; the extra forward takes none."""
+    model, twin, (images, labels), graphs = vit(), vit(), labelled(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    one, other = (MIXERS["tdattenmix"](region=1.0) for _ in range(2))
+    with foveal.attach(model):
+        compiled = torch.compile(model, backend=backend)
+        one.learned(compiled, 5)
+        other.learned(twin, 5)
+        for seed in range(6):
+            losses = []
+            for net, mixer in ((compiled, one), (twin, other)):
+                with mixer.on(net, images, labels, rng=rng(seed)) as step:
+                    losses.append(torch.stack(list(step.losses(net(step.images)).values())))
+            assert torch.allclose(*losses, atol=1e-5)
+    assert len(graphs) == 2
