@@ -470,7 +470,7 @@ def test_a_step_on_a_vit(kind, name, B):
     assert torch.equal(step.images, expected.images)
     assert torch.allclose(own(step.mixed), own(expected), atol=1e-5)
     assert math.isclose(
-        float(losses["task"]), float(soft_cross_entropy(logits, step.mixed.targets(labels, 6, 0.1))), rel_tol=1e-6
+        losses["task"].item(), soft_cross_entropy(logits, step.mixed.targets(labels, 6, 0.1)).item(), rel_tol=1e-6
     )
     assert sorted(losses) == ["consistency", "task"]
     if B > 1:
