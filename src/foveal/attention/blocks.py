@@ -34,7 +34,7 @@ class Blocks:
             )
         if getattr(getattr(self.trunk, "patch_drop", None), "prob", 0.0):
             raise UnsupportedModelError("patch dropout leaves every image other places: set patch_drop_rate=0")
-        self.layers = [anatomy.layers[i] for i in anatomy.blocks()]
+        self.layers = [anatomy.layers[i] for i in anatomy.choose("all")]
         for layer in self.layers:
             if layer.kind != "self":
                 raise UnsupportedModelError(

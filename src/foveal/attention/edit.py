@@ -87,7 +87,8 @@ class Edit:
         self._handles: list[RemovableHandle] = []
         self._thread, self._pauses, self._grad = -1, 0, False
         self._visited: set[int] = set()
-        self._arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of blocks that are running
+        self._rest: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # arguments of blocks, without the tokens
+        self._entered: dict[int, Tensor] = {}  # tokens of watched blocks that are running
         self._modes: dict[int, Meet] = {}
         self._calls: dict[int, AttentionCall] = {}
 
@@ -106,7 +107,7 @@ class Edit:
                 layer = self._blocks.layers[i]
                 # first of all hooks, so that readers see the tokens as they are changed and keys as they are not
                 add(layer.block.register_forward_pre_hook(_BlockPre(self, i), with_kwargs=True, prepend=True))
-                add(layer.block.register_forward_hook(_BlockPost(self, i), always_call=True))
+                add(layer.block.register_forward_hook(_BlockPost(self, i)))
                 if i in self._watch or i in self._extend:
                     add(layer.attention.register_forward_pre_hook(_AttentionPre(self, i), prepend=True))
                     add(layer.attention.register_forward_hook(_AttentionPost(self, i), always_call=True))
@@ -127,7 +128,7 @@ class Edit:
                 self._handles.pop().remove()
             raise
         finally:
-            self._arguments, self._modes, self._calls = {}, {}, {}
+            self._rest, self._entered, self._modes, self._calls = {}, {}, {}, {}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -172,7 +173,10 @@ class Edit:
             tokens = tokens_of(args, kwargs)
             visit = Visit(tokens, index, replay, layer.layout, self._blocks.layers, args, kwargs)
             args, kwargs = with_tokens(args, kwargs, self._change[index](visit))
-        self._arguments[index] = (args, kwargs)
+        if index in self._extend:
+            self._rest[index] = with_tokens(args, kwargs, None)
+        if index in self._watch and not replay:
+            self._entered[index] = tokens_of(args, kwargs)
         return args, kwargs
 
     def _check_first(self, index: int, layer: Layer) -> None:
@@ -188,13 +192,9 @@ class Edit:
                 "into torch.no_grad() if no gradient is wanted"
             )
 
-    def block_leaves(self, index: int) -> None:
-        if not self._pauses:
-            self._arguments.pop(index, None)
-
     def attention_enters(self, index: int) -> None:
         replay = self._replaying(index)
-        if replay is None or index not in self._arguments:
+        if replay is None:
             return
         if index in self._extend:
             self._modes[index] = self._appending(index)
@@ -211,8 +211,7 @@ class Edit:
         if (call := self._calls.pop(index, None)) is not None and not failed:
             layer = self._blocks.layers[index]
             with torch.no_grad():
-                attended = Attended(call.caught(layer.attention), layer.layout)
-                self._watch[index](tokens_of(*self._arguments[index]), attended)
+                self._watch[index](self._entered.pop(index), Attended(call.caught(layer.attention), layer.layout))
 
     def _note(self, index: int, call: AttentionCall) -> Any:
         self._calls.setdefault(index, call)
@@ -225,7 +224,7 @@ class Edit:
         if not extra.shape[1]:
             return Meet(lambda call: call.func(*call.args, **call.kwargs))
         with unseen(layer.block), self.paused():
-            further = attention_call(layer, extra, *self._arguments[index])
+            further = attention_call(layer, extra, *self._rest[index])
 
         def met(call: AttentionCall) -> Any:
             if call.func is not further.func or call.func not in (SDPA, MHA):
@@ -275,8 +274,10 @@ class _BlockPre(_EditHook):
 
 
 class _BlockPost(_EditHook):
+    """Does nothing, but is how `unseen` finds the edit of a block."""
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.edit.block_leaves(self.index)
+        return None
 
 
 class _AttentionPre(_EditHook):

@@ -144,7 +144,7 @@ def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def with_tokens(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor
+    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block's arguments with other tokens."""
     if args:
@@ -159,7 +159,7 @@ def attention_call(layer: Layer, tokens: Tensor, args: tuple[Any, ...], kwargs: 
     """
     args, kwargs = with_tokens(args, kwargs, tokens)
     try:
-        with Meet(_stop):
+        with Meet(_stop), _once(layer.block):
             layer.block.forward(*args, **kwargs)  # not __call__: hooks on the block are for its own run
     except _Stopped as stopped:
         return stopped.call
@@ -226,6 +226,19 @@ def uncached_casts(module: nn.Module) -> Iterator[None]:
         return
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
         yield
+
+
+@contextmanager
+def _once(block: nn.Module) -> Iterator[None]:
+    """transformers checkpoints inside a block's forward: not in a run that is part of another."""
+    known = block.__dict__.get("gradient_checkpointing")
+    if known:
+        block.__dict__["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        if known:
+            block.__dict__["gradient_checkpointing"] = known
 
 
 class _Stopped(Exception):  # not an error: it ends a peek where it has seen enough
