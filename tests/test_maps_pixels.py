@@ -248,6 +248,15 @@ def test_spectral_source_sees_each_image_alone():
     assert not found.blank.any()
 
 
+@pytest.mark.parametrize("source", [CentreSurround(**NORMAL), SpectralResidual(**NORMAL)])
+def test_autocast_changes_no_map(source):
+    images = CONFIG.normalise(pictures(2, (70, 80)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = source(images)
+    assert found.map.dtype == torch.float32
+    assert torch.equal(found.map, source(images).map)
+
+
 # -- given
 
 

@@ -57,7 +57,8 @@ def residual_energy(grey: Tensor) -> Tensor:
     amplitude = spectrum.abs().clamp_min(FLOOR)
     log = amplitude.log()
     residual = log - wrapped_mean(log)
-    return torch.fft.ifft2(residual.exp() * spectrum / amplitude).real.square()
+    back: Tensor = torch.fft.ifft2(residual.exp() * spectrum / amplitude).real
+    return back.square()
 
 
 def wrapped_mean(values: Tensor) -> Tensor:
@@ -74,7 +75,8 @@ def gaussian_blur(values: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (at / sigma) ** 2)
     kernel = kernel / kernel.sum()
     padded = F.pad(values[:, None], (radius, radius, radius, radius), mode="replicate")
-    blurred = F.conv2d(F.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None, :])
+    with torch.autocast(values.device.type, enabled=False):  # a convolution in bfloat16 keeps two digits
+        blurred = F.conv2d(F.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None, :])
     return blurred[:, 0]
 
 
