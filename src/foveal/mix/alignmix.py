@@ -13,7 +13,7 @@ Sinkhorn in the log domain, f = u / eps, g = v / eps, r places each:
 
     f_i = log(1/r + 1e-8) - logsumexp_j(g_j - M_ij / eps)        then g_j alike over i
 
-g comes last, so columns of R sum to 1, rows only when it has converged.
+g comes last, which makes R the softmax of f_i - M_ij / eps over i: columns sum to 1, rows only when it has converged.
 
 B batch, r = N patches, T tokens, D width.
 """
@@ -61,7 +61,7 @@ def correspondence(cost: Tensor, eps: float = 0.1, iterations: int = 100, stop: 
             g = share - torch.logsumexp(kernel + f[..., :, None], -2)
             if stop is not None and float(eps * (f - before).abs().sum(-1).mean()) < stop:
                 break
-        return r * (kernel + f[..., :, None] + g[..., None, :]).exp()
+        return (kernel + f[..., :, None]).softmax(-2)  # = r exp(kernel + f + g), without rounding distances over eps
 
 
 def align(own: Tensor, partner: Tensor, R: Tensor, lam: Tensor, onto_partner: bool) -> Tensor:
