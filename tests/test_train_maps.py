@@ -162,6 +162,21 @@ def test_class_means_need_a_map_model_that_stays(tmp_path: Path):
     assert torch.equal(looks(frozen), before)
 
 
+def test_labels_are_judged_on_pairs_that_cover_something():
+    from foveal.mix import MIXERS
+    from foveal.train.outcome import covering
+
+    for name in ("mixup+cutmix", "transmix", "tdattenmix", "smmix"):
+        mixer = covering(MIXERS[name](mixup_alpha=0.8))
+        assert mixer.mixup_alpha == 0.0
+        assert not mixer.terms
+    for name in ("none", "mixup", "cutmix", "saliencymix"):
+        mixer = MIXERS[name]()
+        assert covering(mixer) is mixer
+    blends = MIXERS["mixup+cutmix"](cutmix_alpha=0.0)
+    assert covering(blends) is blends
+
+
 def test_sgd_moves_as_torch_does_it(tmp_path: Path):
     from foveal.mix import NoMix
     from foveal.train.task import Classify

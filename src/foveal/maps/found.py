@@ -9,6 +9,7 @@ B batch, h x w cells of the source's own grid (patches, pixels), C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -60,10 +61,15 @@ def on_grid(map: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if tuple(map.shape[1:]) == tuple(grid):
         return map
-    rows = overlaps(map.shape[1], grid[0]).to(map.device, map.dtype)
-    columns = overlaps(map.shape[2], grid[1]).to(map.device, map.dtype)
+    rows = _weights(map.shape[1], grid[0], map.device, map.dtype)
+    columns = _weights(map.shape[2], grid[1], map.device, map.dtype)
     with torch.autocast(map.device.type, enabled=False):  # it would multiply in half precision
         return rows @ map @ columns.T
+
+
+@lru_cache(maxsize=64)  # copied to a device once, not in every step
+def _weights(pixels: int, cells: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return overlaps(pixels, cells).to(device, dtype)
 
 
 def overlaps(pixels: int, cells: int) -> Tensor:

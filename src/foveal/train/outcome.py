@@ -48,19 +48,28 @@ def label_gaps(built: Built, images: Images, mixer: Any, settings: Settings, dev
     """How far the labels that the run's mixer gives are from what can be seen, on a test set with masks; else None.
 
     Pairs of test images are mixed as in training, with the trained model; the draws hang on the run's seed alone, so
-    every arm of a comparison meets the same pairs.
+    every arm of a comparison meets the same pairs. A mixer that blends in some steps is taken without those.
     """
     if images.masks is None:
         return None
     return evaluate.label_gaps(
         built.model,
-        mixer,
+        covering(mixer),
         images,
         built.image,
         seed=settings.seed,
         batch_size=settings.batch_size,
         device=device,
     )
+
+
+def covering(mixer: Any) -> Any:
+    """The mixer without its blends, which cover nothing, and without losses of its own."""
+    has = {one.name for one in fields(mixer) if one.init}
+    if not {"mixup_alpha", "switch_prob"} <= has or getattr(mixer, "cutmix_alpha", 1.0) == 0.0:
+        return mixer
+    off = {"mixup_alpha": 0.0} | {name: 0.0 for name in ("consistency", "region") if name in has}
+    return replace(mixer, **off)
 
 
 def bg_gap(sets: dict[str, dict[str, Any]]) -> float | None:
