@@ -34,11 +34,12 @@ def fake_run(
     epochs: int = 5,
     memory: float | None = None,
     blend_in: int | None = None,
+    gap: float = 0.25,
     **settings: Any,
 ) -> Run:
     """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object.
 
-    memory: its peak in bytes.  blend_in: the seed in which its mixer has the turn of Mixup.
+    memory: its peak in bytes.  gap: the most that a label is wrong.  blend_in: the seed in which its mixer has the turn of Mixup.
     """
     rng, beside = (torch.Generator().manual_seed(key) for key in (seed, 1000 + seed))
     data = load(spec)
@@ -62,7 +63,7 @@ def fake_run(
             arrays["attention_kind"] = np.array("class")
         gaps = None
         if images.masks is not None and masks and chosen.mix != "mixup":
-            gaps = torch.rand(len(images), generator=beside) / 4 if chosen.mix != "none" else torch.zeros(len(images))
+            gaps = gap * torch.rand(len(images), generator=beside) if chosen.mix != "none" else torch.zeros(len(images))
             gaps[0] = torch.nan  # nothing can be seen of this pair
             arrays["label_gap"] = gaps
         np.savez(folder / "predictions" / f"{name}.npz", **{k: np.asarray(v) for k, v in arrays.items()})

@@ -1,0 +1,102 @@
+"""Arms from words: every combination, names for folders, a baseline for each label fraction, clear refusals."""
+
+import re
+
+import pytest
+
+from foveal.train import SettingsError
+from foveal.train.arms import arms_of
+
+COMMON = {"data": "digits", "init": "demo", "model": "demo"}
+
+
+def test_every_combination_and_the_first_of_each_fraction_is_the_baseline():
+    arms = arms_of(COMMON, ["none", "cutmix"], ["none", "gta"], [0.15, 1])
+    assert list(arms.settings) == [
+        *("none-15%", "none+gta-15%", "cutmix-15%", "cutmix+gta-15%"),
+        *("none", "none+gta", "cutmix", "cutmix+gta"),
+    ]
+    assert arms.baseline_of == {
+        **dict.fromkeys(("none+gta-15%", "cutmix-15%", "cutmix+gta-15%"), "none-15%"),
+        **dict.fromkeys(("none+gta", "cutmix", "cutmix+gta"), "none"),
+    }
+    found = arms.settings["cutmix+gta-15%"]
+    assert (found.mix, found.guide, found.label_fraction) == ("cutmix", "gta", 0.15)
+    assert arms.settings["cutmix"].label_fraction is None  # all labels: the same run as without --label-fraction
+
+
+def test_the_baseline_is_the_first_whatever_it_is():
+    arms = arms_of(COMMON, ["transmix", "none"], ["gta", "none"], [None])
+    assert arms.baseline_of == dict.fromkeys(["transmix", "none+gta", "none"], "transmix+gta")
+
+
+def test_names_do_not_depend_on_what_else_is_listed():
+    alone = arms_of(COMMON, ["cutmix:prob=0.5"], ["none"], [None]).settings
+    among = arms_of(COMMON, ["none", "cutmix:prob=0.5"], ["none", "gta"], [0.5, 1]).settings
+    assert alone["cutmix-prob=0.5"] == among["cutmix-prob=0.5"]
+
+
+def test_words_after_the_colon():
+    text = "tdattenmix:map=label_biased,map.sigma=0.5,beta=1e-1,map_model=frozen,map_warmup=2"
+    (name, found), *_ = arms_of(COMMON, [text], ["gta:weight=10"], [None]).settings.items()
+    assert name == "tdattenmix-label_biased-sigma=0.5-beta=1e-1-map_model=frozen-map_warmup=2+gta-weight=10"
+    assert (found.mix, found.mix_args) == ("tdattenmix", {"beta": 0.1})  # YAML alone would read 1e-1 as text
+    assert (found.map, found.map_args) == ("label_biased", {"sigma": 0.5})
+    assert (found.map_model, found.map_warmup, found.guide_weight) == ("frozen", 2, 10.0)
+    assert re.fullmatch(r"[\w.+=%-]+", name)
+
+
+def test_names_of_values_that_are_no_names():
+    (name,) = arms_of(COMMON, ["tdattenmix:map_model=runs/my guide"], ["none"], [None]).settings
+    assert name == "tdattenmix-map_model=runs_my_guide"
+
+
+def test_a_recipe_says_what_its_own_mixer_is():
+    recipe = {
+        "mix": "tdattenmix",
+        "mix_args": {"beta": 0.3, "prob": 1.0},
+        "map": "label_biased",
+        "map_args": {"sigma": 2},
+    }
+    texts = ["none", "tdattenmix", "tdattenmix:beta=0.9", "tdattenmix:map=received_attention", "cutmix"]
+    arms = arms_of(COMMON, texts, ["none"], [None], recipe).settings
+    own = arms["tdattenmix"]
+    assert (own.mix_args, own.map, own.map_args) == ({"beta": 0.3, "prob": 1.0}, "label_biased", {"sigma": 2})
+    assert arms["tdattenmix-beta=0.9"].mix_args == {"beta": 0.9, "prob": 1.0}
+    other = arms["tdattenmix-received_attention"]
+    assert (other.map, other.map_args) == ("received_attention", {})  # sigma is a setting of another map
+    assert (arms["cutmix"].mix_args, arms["cutmix"].map) == ({}, None)
+
+
+def test_maps_given_for_all_hold_for_those_that_follow_one():
+    arms = arms_of(
+        COMMON | {"map": "received_attention", "map_warmup": 1}, ["none", "smmix"], ["none"], [None]
+    ).settings
+    assert (arms["smmix"].map, arms["smmix"].map_warmup, arms["none"].map) == ("received_attention", 1, None)
+    with pytest.raises(SettingsError, match="map is given, but no arm"):
+        arms_of(COMMON | {"map": "received_attention"}, ["none", "cutmix"], ["none"], [None])
+
+
+@pytest.mark.parametrize(
+    ("mixes", "guides", "fractions", "message"),
+    [
+        (["cutmx"], ["none"], [None], "unknown mixer 'cutmx': did you mean 'cutmix'"),
+        (["cutmix:prb=1"], ["none"], [None], "unknown setting of cutmix 'prb': did you mean 'prob'"),
+        (["cutmix:prob"], ["none"], [None], "arm 'cutmix:prob' does not fit: write name:key=value"),
+        (["cutmix:"], ["none"], [None], "arm 'cutmix:' does not fit"),
+        (["cutmix:prob=1,prob=0.5"], ["none"], [None], "gives prob twice"),
+        (["cutmix:map=head_cosine"], ["none"], [None], "mix=cutmix follows no map"),
+        (["tdattenmix:map=head_cosin"], ["none"], [None], "unknown map 'head_cosin': did you mean 'head_cosine'"),
+        (["tdattenmix:map.sgma=1"], ["none"], [None], "unknown setting of map"),
+        (["tdattenmix:map_args=1"], ["none"], [None], "unknown setting of tdattenmix 'map_args'"),
+        (["none"], ["gtaa"], [None], "unknown guide 'gtaa': did you mean 'gta'"),
+        (["none"], ["gta:wight=1"], [None], "unknown setting of guide gta 'wight': did you mean 'weight'"),
+        (["none"], ["none:weight=1"], [None], "unknown setting of guide none 'weight'"),
+        (["none", "none"], ["none"], [None], "arm none is listed twice"),
+        (["none"], ["none"], [0.5, 0.50], "arm none-50% is listed twice"),
+        (["none"], ["none"], [1.5], "label_fraction=1.5 does not fit"),
+    ],
+)
+def test_what_cannot_be_meant(mixes, guides, fractions, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        arms_of(COMMON, mixes, guides, fractions)
