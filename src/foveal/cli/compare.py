@@ -172,4 +172,4 @@ def _share(word: str) -> float:
 
 def _plain(data: str) -> str:
     name = Path(data.rstrip("/")).name or "data"
-    return "".join(c if c.isalnum() or c in "._+=" else "_" for c in name)
+    return "".join(c if c.isalnum() or c in "._+=-" else "_" for c in name)
