@@ -75,6 +75,8 @@ def test_a_peek_sees_what_the_block_sees(name):
 
     def look(visit):
         found.extend(visit.peek())
+        if has_class:
+            found.extend(visit.peek(by_class=True))
         return visit.tokens
 
     has_class = blocks.layout.class_index is not None
@@ -89,7 +91,8 @@ def test_a_peek_sees_what_the_block_sees(name):
     expected = torch.einsum("bi,bit->bt", weight, seen.full().mean(1))
     assert torch.allclose(found[0].carried(weight), expected, atol=1e-10)
     if has_class:
-        assert torch.allclose(found[0].class_row(), seen.class_attention(prefix=True).mean(1), atol=1e-10)
+        for one in found:  # the whole map, and the way that is made for the row
+            assert torch.allclose(one.class_row(), seen.class_attention(prefix=True).mean(1), atol=1e-10)
     else:
         with pytest.raises(ValueError, match="no class token"):
             found[0].class_row()

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from foveal.attention.anatomy import Layer
+from foveal.attention.attended import MHA, Attended, AttentionCall, Meet
 from foveal.attention.blocks import Blocks, compiled
 from foveal.attention.capture import SDPA
 from foveal.attention.door import _Hook, unseen, unwind
 from foveal.attention.errors import ReadError, UnsupportedModelError
 from foveal.attention.layout import TokenLayout
-from foveal.attention.peek import MHA, Attended, AttentionCall, Meet, attention_call, peek, tokens_of, with_tokens
+from foveal.attention.peek import attention_call, peek, tokens_of, with_tokens
 
 Change = Callable[["Visit"], Tensor]
 Watch = Callable[[Tensor, Attended], None]
@@ -55,9 +56,13 @@ class Visit:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def peek(self, steps: int = 0) -> list[Attended]:
-        """What this block's attention would see, and that of the `steps` blocks after it, on the tokens as they are."""
-        return peek(self.layers[self.block : self.block + steps + 1], self.tokens, self.args, self.kwargs)
+    def peek(self, steps: int = 0, by_class: bool = False) -> list[Attended]:
+        """What this block's attention would see, and that of the `steps` blocks after it, on the tokens as they are.
+
+        by_class: only the class token's row is asked of the last of them, which costs less.
+        """
+        layers = self.layers[self.block : self.block + steps + 1]
+        return peek(layers, self.tokens, self.args, self.kwargs, by_class)
 
 
 def edit(

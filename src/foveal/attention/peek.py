@@ -1,137 +1,33 @@
-"""Look into a block before it runs: what its attention would see, at the price of one norm and one projection.
+"""Look into a block before it runs: what its attention would see, at the price of a norm and a part of a projection.
 
-A peek runs a block on given tokens up to its first attention call and stops there. Nothing is drawn, nothing is kept
-for the backward, and readers from outside see nothing of it. With further steps the blocks after it are run too, for
-attention rollout:
+A peek runs a block on given tokens up to its attention and stops there: for the plain attention of timm and torchvision
+at its input, from which only queries and keys are projected, and for the class token's row not even keys; for any other
+at its first attention call. Nothing is drawn, nothing is kept for the backward, and readers from outside see nothing of
+it. With further steps the blocks after it are run too, for attention rollout.
 
-    r A_top ... A_lower        tokens at the top look at tokens entering the lowest block through A_upper A_lower,
-
-a row vector r times the maps from the uppermost down, mean over heads each, no identity added, no map stored.
-
-B batch, H heads, T tokens (prefix and patches), D width.
+B batch, H heads, T tokens (prefix and patches), D width, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from foveal.attention import rows
 from foveal.attention.anatomy import Layer
-from foveal.attention.capture import SDPA, SOFTMAX, Caught, caught_mha, caught_sdpa
+from foveal.attention.attended import Attended, AttentionCall, Meet
+from foveal.attention.capture import Caught, caught_mha, mha_row
 from foveal.attention.door import unseen
 from foveal.attention.errors import ReadError
-from foveal.attention.layout import TokenLayout
 
-MHA = F.multi_head_attention_forward
 TOKENS = ("x", "hidden_states", "input")  # what blocks call the argument that holds the tokens
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of what computes attention: the function and its arguments, as the module gave them."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def caught(self, attention: nn.Module) -> Caught:
-        """Queries and keys (or logits) of the call."""
-        if self.func is SDPA:
-            return caught_sdpa(*self.args, **self.kwargs)
-        if self.func is MHA:
-            assert isinstance(attention, nn.MultiheadAttention)
-            tokens_first = tuple(x.transpose(0, 1) for x in self.args[:3])
-            masks = {name: self.kwargs.get(name) for name in ("key_padding_mask", "attn_mask")}
-            return caught_mha(attention, tokens_first, masks)
-        return Caught(logits=self.args[0] if self.args else self.kwargs["input"])
-
-
-class Meet(TorchFunctionMode):
-    """While entered, hands every attention call to `met`, whose result takes the call's place."""
-
-    def __init__(self, met: Callable[[AttentionCall], Any]) -> None:
-        super().__init__()
-        self.met = met
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is SDPA or func is MHA or (func in SOFTMAX and (args[0] if args else kwargs["input"]).dim() == 4):
-            return self.met(AttentionCall(func, args, kwargs))
-        return func(*args, **kwargs)
-
-
-class Attended:
-    """What one block's attention sees: probabilities over all tokens, mean over heads, in float32 or wider.
-
-    Nothing of it has gradient.
-    """
-
-    def __init__(self, caught: Caught, layout: TokenLayout) -> None:
-        self.layout = layout
-        q, k, mask, logits = (
-            None if x is None else x.detach() for x in (caught.q, caught.k, caught.mask, caught.logits)
-        )
-        self._caught = Caught(q, k, None, mask, caught.scale, logits)
-
-    def class_row(self) -> Tensor:
-        """Attention of the class token: (B, T). Raises ValueError for a model without one."""
-        index = self.layout.class_index
-        if index is None:
-            raise ValueError("this model has no class token, so there is no class row: use the attention received")
-        with self._plainly() as (q, k, mask, logits):
-            if logits is not None:
-                return logits[:, :, index].softmax(-1).mean(1)
-            row_mask = None if mask is None else mask[:, :, index if mask.shape[2] > 1 else 0]
-            return rows.query_row(q[:, :, index], k, self._caught.scale, row_mask).softmax(-1).mean(1)
-
-    def received(self) -> Tensor:
-        """Attention that each token receives, mean over the queries of all tokens: (B, T), rows sum to 1."""
-        with self._plainly() as (q, k, mask, logits):
-            if logits is not None:
-                return logits.softmax(-1).mean((1, 2))
-            return rows.received(q, k, self._caught.scale, mask).mean(1)
-
-    def carried(self, weight: Tensor) -> Tensor:
-        """The row vectors `weight` (B, T) times the map: (B, T)."""
-        with self._plainly() as (q, k, mask, logits):
-            if logits is not None:
-                return torch.einsum("bi,bhit->bht", weight.to(logits.dtype), logits.softmax(-1)).mean(1)
-            return rows.carried(weight, q, k, self._caught.scale, mask).mean(1)
-
-    @contextmanager
-    def _plainly(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        c = self._caught
-        some = c.q if c.q is not None else c.logits
-        assert some is not None
-        with torch.no_grad(), torch.autocast(some.device.type, enabled=False):
-            logits = None if c.logits is None else rows.widen(c.logits)
-            yield c.q, c.k, c.mask, logits  # type: ignore[misc]  # q and k are there unless the logits are
-
-
-def rollout(attended: Sequence[Attended], by_class: bool) -> Tensor:
-    """Attention to the tokens that enter the lowest block, seen from the highest: (B, T).
-
-    attended: from the lowest block to the highest.  by_class: the class token's row, else the mean over all queries.
-    """
-    *lower, top = attended
-    row = top.class_row() if by_class else top.received()
-    for one in reversed(lower):
-        row = one.carried(row)
-    return row
+FUSED = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -143,9 +39,7 @@ def tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def with_tokens(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor | None) -> Arguments:
     """A block's arguments with other tokens."""
     if args:
         return (tokens, *args[1:]), kwargs
@@ -168,9 +62,82 @@ def attention_call(layer: Layer, tokens: Tensor, args: tuple[Any, ...], kwargs: 
     )
 
 
-def peek(layers: Sequence[Layer], tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attended]:
+def attention_input(layer: Layer, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """What a block would hand to its attention module; the block stops there. Arguments as `attention_call`."""
+    args, kwargs = with_tokens(args, kwargs, tokens)
+    handle = layer.attention.register_forward_pre_hook(_stop_before, with_kwargs=True, prepend=True)
+    try:
+        layer.block.forward(*args, **kwargs)
+    except _StoppedBefore as stopped:
+        return stopped.arguments
+    finally:
+        handle.remove()
+    raise ReadError(f"{layer.name} ran without its attention module")
+
+
+def is_fused(attention: nn.Module) -> bool:
+    """Is this timm's plain attention, one linear layer for queries, keys and values, without adapters or hooks?"""
+    if f"{type(attention).__module__}.{type(attention).__qualname__}" not in FUSED:
+        return False
+    qkv = attention.qkv
+    return type(qkv) is nn.Linear and not (qkv._forward_hooks or qkv._forward_pre_hooks)
+
+
+def projected(attention: Any, x: Tensor, first: int, last: int) -> Tensor:
+    """Queries (0), keys (1), values (2) of timm's attention from `first` to `last`: (parts, B, H, T, d), no norms."""
+    (B, T, _), H = x.shape, attention.num_heads
+    D = attention.qkv.weight.shape[0] // 3
+    bias = attention.qkv.bias
+    at = slice(first * D, (last + 1) * D)
+    y = F.linear(x, attention.qkv.weight[at], None if bias is None else bias[at])
+    return y.view(B, T, -1, H, D // H).permute(2, 0, 3, 1, 4)
+
+
+def fused_row(attention: Any, x: Tensor, index: int) -> Tensor:
+    """Logits of one query of timm's attention, (B, H, T), without projecting keys where keys have no norm:
+
+    (W_k x_t + b) . q = x_t . (W_k^T q) + b . q
+    """
+    q = attention.q_norm(projected(attention, x[:, index : index + 1], 0, 0)[0])[:, :, 0]  # (B, H, d)
+    if not isinstance(attention.k_norm, nn.Identity):
+        return rows.query_row(q, attention.k_norm(projected(attention, x, 1, 1)[0]), attention.scale)
+    _, H, d = q.shape
+    D, bias = H * d, attention.qkv.bias
+    with torch.autocast(x.device.type, enabled=False):
+        q = rows.widen(q) * attention.scale
+        weight = rows.widen(attention.qkv.weight[D : 2 * D]).view(H, d, -1)
+        row = torch.einsum("bhd,hde->bhe", q, weight) @ rows.widen(x).transpose(-1, -2)
+        if bias is not None:
+            row = row + (q * rows.widen(bias[D : 2 * D]).view(H, d)).sum(-1, keepdim=True)
+        return row
+
+
+def glimpse(layer: Layer, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], by_class: bool) -> Attended:
+    """What one block's attention would see on `tokens`, by the shortest way there is; see `peek`."""
+    attention, layout = layer.attention, layer.layout
+    index = layout.class_index if by_class else None
+    if isinstance(attention, nn.MultiheadAttention):
+        given, named = attention_input(layer, tokens, args, kwargs)
+        if index is not None:
+            return Attended(Caught(), layout, mha_row(attention, given, named, index))
+        return Attended(caught_mha(attention, given, named), layout)
+    if is_fused(attention):
+        given, named = attention_input(layer, tokens, args, kwargs)
+        if len(given) == 1 and named.get("attn_mask") is None and not named.get("is_causal"):
+            if index is not None:
+                return Attended(Caught(), layout, fused_row(attention, given[0], index))
+            q, k = projected(attention, given[0], 0, 1).unbind(0)
+            timms: Any = attention
+            return Attended(Caught(timms.q_norm(q), timms.k_norm(k), scale=float(timms.scale)), layout)
+    return Attended(attention_call(layer, tokens, args, kwargs).caught(attention), layout)
+
+
+def peek(
+    layers: Sequence[Layer], tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], by_class: bool = False
+) -> list[Attended]:
     """What the attention of these consecutive blocks would see on `tokens` (B, T, D); the last one stops there.
 
+    by_class: only the class token's row is asked of the last.
     Without gradient and in evaluation: dropout and drop path stay out, and nothing is drawn.
     """
     seen: list[Attended] = []
@@ -190,8 +157,7 @@ def peek(layers: Sequence[Layer], tokens: Tensor, args: tuple[Any, ...], kwargs:
                 raise ReadError(f"{layer.name} ran but showed no attention call")
             seen.append(Attended(calls[0].caught(layer.attention), layer.layout))
             tokens = out[0] if isinstance(out, tuple | list) else out
-        last = layers[-1]
-        seen.append(Attended(attention_call(last, tokens, args, kwargs).caught(last.attention), last.layout))
+        seen.append(glimpse(layers[-1], tokens, args, kwargs, by_class))
     return seen
 
 
@@ -249,3 +215,13 @@ class _Stopped(Exception):  # not an error: it ends a peek where it has seen eno
 
 def _stop(call: AttentionCall) -> Any:
     raise _Stopped(call)
+
+
+class _StoppedBefore(Exception):
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def _stop_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _StoppedBefore((args, kwargs))

@@ -16,7 +16,7 @@ from foveal.mix.assignment import assign, pair_scores
 from foveal.mix.horizontal import Exchange, as_many, chosen, count_weights, exchange, first_easy, saliency_weights
 from foveal.mix.mixed import Mixed, label_rows
 from foveal.mix.mixer import Step
-from foveal.mix.saliency import attention_saliency, random_saliency
+from foveal.mix.saliency import attention_saliency, by_class, random_saliency
 from foveal.mix.scorenet import difficulty
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class HorizontalBlock:
         if self.settings.saliency == "random":
             return random_saliency(B, N, self.rng).to(visit.tokens.device, non_blocking=True)
         if self.given is None:
-            return attention_saliency(visit.peek(self.settings.rollout), self.settings.rows)
+            row = by_class(visit.layout, self.settings.rows)
+            return attention_saliency(visit.peek(self.settings.rollout, row), self.settings.rows)
         if self.given.shape != (B, N):
             raise ValueError(
                 f"saliency of {tuple(self.given.shape)} for {B} images of {N} patches: token counts differ"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foveal import maps
 from foveal.attention import TokenLayout
-from foveal.attention.peek import Attended, rollout
+from foveal.attention.attended import Attended, rollout
 
 Rows = Literal["auto", "class", "received"]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveal.attention.peek import Attended
+from foveal.attention.attended import Attended
 from foveal.mix.saliency import Rows, attention_saliency
 
 
