@@ -297,7 +297,10 @@ def test_what_is_measured(name):
     masks = torch.zeros(4, 32, 32, dtype=torch.bool)
     masks[:, :16] = True
     mixer = with_map(name, map)
-    with mixer.on(model, images, labels, rng=rng(), given=masks) as step:
+    with (
+        pytest.warns(MapWarning, match="prefer no place"),
+        mixer.on(model, images, labels, rng=rng(), given=masks) as step,
+    ):
         measured = step.measures()
     assert tuple(measured) == mixer.measures == ("map_blank", "map_on_object")
     assert measured["map_blank"] == 0.25

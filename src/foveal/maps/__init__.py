@@ -12,7 +12,8 @@ from foveal.maps.annotations import box_mask, fixation_map
 from foveal.maps.attended import ClassAttention, ReceivedAttention
 from foveal.maps.cells import cells
 from foveal.maps.centre_surround import CentreSurround
-from foveal.maps.errors import MapModelError
+from foveal.maps.discover import DinoMass, Discovered, Lost, MaskCut, Objects, TokenCut
+from foveal.maps.errors import MapModelError, MapWarning
 from foveal.maps.features import Features, classifier, features
 from foveal.maps.found import Found, Source, found, on_grid
 from foveal.maps.given import Given
@@ -33,6 +34,10 @@ MAPS: dict[str, Callable[..., Any]] = {
     "centre_surround": CentreSurround,
     "spectral_residual": SpectralResidual,
     "input_gradient": InputGradient,
+    "tokencut": TokenCut,
+    "maskcut": MaskCut,
+    "lost": Lost,
+    "dino": DinoMass,
     "given": Given,
 }
 """Sources by name. One that takes `model` is given the model, one that takes `mean` and `std` the normalisation."""
@@ -41,16 +46,23 @@ __all__ = [
     "MAPS",
     "CentreSurround",
     "ClassAttention",
+    "DinoMass",
+    "Discovered",
     "Features",
     "Found",
     "Given",
     "HeadCosine",
     "InputGradient",
     "LabelBiased",
+    "Lost",
     "MapModelError",
+    "MapWarning",
+    "MaskCut",
+    "Objects",
     "ReceivedAttention",
     "Source",
     "SpectralResidual",
+    "TokenCut",
     "TopDown",
     "above",
     "box_mask",

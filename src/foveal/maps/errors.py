@@ -3,3 +3,7 @@
 
 class MapModelError(ValueError):
     """The model cannot make this map; the message says what was found, what fits and what to try."""
+
+
+class MapWarning(UserWarning):
+    """Maps that prefer no place: their images are treated as if every place counted alike."""

@@ -9,6 +9,7 @@ knows nothing) every place counts alike: windows fall anywhere and labels go by 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,11 @@ from foveal.maps import Found, Source
 from foveal.mix.mixed import Mixed
 from foveal.mix.mixer import DrawT, Mixer, Step, Term
 from foveal.mix.windows import check_grid
+
+BLANK = (
+    "some maps prefer no place (constant, zero or not finite): in their images every place counts alike, and labels go"
+    " by area; step.measures()['map_blank'] has their share"
+)
 
 
 @dataclass(kw_only=True)
@@ -93,6 +99,8 @@ class MapMixer(Mixer[DrawT]):
         draw = self.draw(len(images), size, self.grid(model, size), rng=rng)
         source = self.source(model)  # a model that does not fit fails at the first step, whatever is drawn
         found = source(images, labels, given) if trusted and self.follows(draw) else None
+        if found is not None and images.device.type == "cpu" and bool(found.blank.any()):  # elsewhere it would wait
+            warnings.warn(BLANK, maps.MapWarning, stacklevel=3)
         mixed = self.apply(images, draw, None if found is None else found.map)
         with (
             self.adding(model, images, labels, found, draw) as terms,

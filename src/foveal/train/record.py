@@ -8,6 +8,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from foveal.maps import MapWarning
+from foveal.mix.guided import BLANK
 from foveal.train.files import sweep, write_weights
 from foveal.train.table import Row, Table
 from foveal.train.task import Classify, Validation
@@ -36,6 +39,7 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         self.board: Any = None
         self.started = self.trained = 0.0
         self.latest: Row | None = None
+        self.warned = False
 
     @property
     def last(self) -> Path:
@@ -124,6 +128,9 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
             "images_per_second": self.images / self.trained if self.trained > 0 else None,
         }
         self.metrics.append([row])
+        if task.device.type != "cpu" and (row.get("train_map_blank") or 0) > 0 and not self.warned:
+            warnings.warn(BLANK, MapWarning, stacklevel=2)  # on the CPU the mixer has said so at once
+            self.warned = True
         self.latest = row
         for line in rows:
             for name in ("lr", *task.columns):
