@@ -32,7 +32,8 @@ def source_of(request):
 
 def test_every_name_is_tested_here():
     of_models = {name for name, kind in maps.MAPS.items() if "model" in inspect.signature(kind).parameters}
-    assert of_models == {name.partition(" ")[0] for name in SOURCES}
+    discovered = {"tokencut", "maskcut", "lost", "dino"}  # test_discover_sources.py
+    assert of_models - discovered == {name.partition(" ")[0] for name in SOURCES}
 
 
 @pytest.mark.parametrize("name", MODELS)

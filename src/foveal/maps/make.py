@@ -33,7 +33,7 @@ def make(name: str, model: nn.Module, config: ImageConfig | None = None, **optio
             raise TypeError(f"map {name!r} has no option {option!r}; {hint}it takes {', '.join(free) or 'none'}")
     if "model" in takes:
         options = {"model": model, **options}
-    elif "mean" in takes:
+    if "mean" in takes and ("model" not in takes or config is not None):  # with a model it can ask for itself
         config = image_config(model) if config is None else config
         options = {"mean": config.mean, "std": config.std, **options}
     source: Source = build(**options)

@@ -129,12 +129,12 @@ def occupied_cells(
 
 
 def conjugate_gradients(system: Callable[[Values], Values], b: Values, x: Values, diagonal: Values) -> Values:
-    """x with system(x) = b, symmetric and positive, from a first guess; stops at |b - system(x)| < TOLERANCE |b|."""
+    """x with system(x) = b, symmetric and positive, from a first guess; stops at |b - system(x)| <= TOLERANCE |b|."""
     r = b - system(x)
     limit = TOLERANCE * float(np.linalg.norm(b))
     direction, before = np.zeros_like(b), 1.0
     for _ in range(STEPS):
-        if np.linalg.norm(r) < limit:
+        if np.linalg.norm(r) <= limit:
             break
         z = r / diagonal
         now = float(r @ z)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from foveal.maps.discover.exactly import exactly
-from foveal.maps.discover.lanczos import FLOAT32, FLOAT64, Array, Ritz, lanczos
+from foveal.maps.discover.lanczos import FLOAT64, Array, Ritz, lanczos
 
 COINCIDE = 1e-6  # eigenvalues that differ by less are one
+SMALL = 16  # patches up to which the dense solver is as fast
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def normalised_cut(weights: Tensor) -> Cut:
     if weights.dim() != 3 or weights.shape[1] != weights.shape[2] or weights.shape[1] < 2:
         raise ValueError(f"weights of shape {tuple(weights.shape)}: (B, N, N) of two or more patches is needed")
     weights = weights.detach()
-    if weights.device.type == "cpu" or weights.dtype != torch.float32 or weights.shape[1] <= FLOAT32.checks[0]:
+    if weights.device.type == "cpu" or weights.dtype != torch.float32 or weights.shape[1] <= SMALL:
         return Cut(*(torch.from_numpy(x).to(weights.device) for x in _cut(*_one_by_one(weights.cpu().numpy()))))
     return Cut(*_cut(*_at_once(weights)))
 
@@ -74,13 +75,13 @@ def _at_once(weights: Tensor) -> tuple[Array, Array]:
     for i in (~found.sure & (found.spread > COINCIDE)).nonzero().flatten().tolist():
         exact = _in_float64(weights[i].cpu().numpy().astype(np.float64))
         vector[i] = torch.from_numpy(exact.vector[0]).to(vector)
-        numbers[i] = numbers.new_tensor([exact.value, exact.gap, exact.spread])
+        numbers[i] = torch.tensor([float(x) for x in (exact.value, exact.gap, exact.spread)])
     return vector, numbers
 
 
 def _in_float32(weights: Array) -> Ritz | None:
     """weights: (N, N) numpy. None where it does not converge."""
-    if len(weights) <= FLOAT32.checks[0]:
+    if len(weights) <= SMALL:
         return None
     found = lanczos(weights)
     return found if found.sure or found.spread <= COINCIDE else None
@@ -88,7 +89,7 @@ def _in_float32(weights: Array) -> Ritz | None:
 
 def _in_float64(weights: Array) -> Ritz:
     """weights: (N, N) numpy."""
-    if len(weights) > FLOAT64.checks[0]:
+    if len(weights) > SMALL:
         found = lanczos(weights, FLOAT64)
         if found.sure or found.spread <= COINCIDE:
             return found

@@ -35,7 +35,7 @@ def exactly(like: Tensor) -> Iterator[None]:
 
 
 def _backends() -> list[Any]:
-    """Where torch (2.9 and later) keeps the precision for each kind of device: it refuses to mix this with the older way.
+    """Where torch 2.9 and later keep a precision per kind of device, and refuse to mix it with the older way.
 
     None of an older torch.
     """

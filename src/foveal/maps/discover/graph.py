@@ -1,7 +1,7 @@
 """Which patches look alike: the graph that TokenCut and MaskCut cut in two.
 
     W_ij = 1 if cos(f_i, f_j) > tau else eps                          binary, as published
-    W_ij = cos(f_i, f_j) if cos(f_i, f_j) >= tau else eps             weighted, an ablation
+    W_ij = cos(f_i, f_j) if cos(f_i, f_j) >= tau else eps             weighted, an ablation; no less than eps
 
 Wang et al., 2022 (arXiv 2202.11539). The threshold is strict, so the diagonal is 1 (of a zero vector: eps), and through
 eps every patch is joined to every other. Cosines within rounding of tau may fall on either side on another machine.
@@ -30,7 +30,7 @@ def graph(features: Tensor, tau: float = 0.2, eps: float = 1e-5, binary: bool = 
         cosine = x @ x.mT
     if binary:
         return (cosine > tau).to(x.dtype).clamp_min_(eps)
-    return cosine.masked_fill_(~(cosine >= tau), eps)  # `not at least` also holds for NaN
+    return cosine.masked_fill_(~(cosine >= tau), eps).clamp_min_(eps)  # `not at least` also holds for NaN
 
 
 def check_settings(tau: float, eps: float, binary: bool = True) -> None:

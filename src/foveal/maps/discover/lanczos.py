@@ -28,7 +28,7 @@ from foveal import chance
 
 Array = Any  # np.ndarray or torch.Tensor
 NOISE = 0.1
-TINY = 1e-30  # a length of 0 divides nothing
+HUGE = 1e30  # what is divided by it is nothing
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,13 @@ class Precision:
     faint: float  # |residual| where the graph all but falls apart: more would leave its parts unresolved
     gap: float  # narrower ones are within rounding
     rounding: float  # |residual| that no further step makes smaller
+    nothing: float  # a length that is rounding: the start's space is exhausted, and its vector says nothing
 
 
-FLOAT32 = Precision((6, 8, 11, 15, 20, 26), tolerance=1e-4, faint=2e-6, gap=1e-3, rounding=4e-7)
-FLOAT64 = Precision((8, 12, 16, 22, 30, 40, 54, 72, 96), tolerance=1e-7, faint=1e-9, gap=1e-9, rounding=1e-15)
+FLOAT32 = Precision((6, 8, 11, 15, 20, 26), tolerance=1e-4, faint=2e-6, gap=1e-3, rounding=4e-7, nothing=1e-6)
+FLOAT64 = Precision(
+    (8, 12, 16, 22, 30, 40, 54, 72, 96), tolerance=1e-7, faint=1e-9, gap=1e-9, rounding=1e-15, nothing=1e-14
+)
 FALLS_APART = 1e-2  # an eigenvalue 1 - theta below this is that of parts which little more than faint edges join
 
 
@@ -54,7 +57,7 @@ class Ritz:
     value: Array  # theta
     vector: Array  # (..., 1, N) D^-1/2 z with |z| = 1
     gap: Array  # to the next lower eigenvalue, from above: that one may not have converged
-    spread: Array  # of all that were found; 0 if they coincide, and then no direction is preferred
+    spread: Array  # |S q - theta q| of the start: 0 if all eigenvalues coincide, and then no direction is preferred
     sure: Array  # bool: as good as the float type can be asked for
 
 
@@ -74,9 +77,10 @@ def lanczos(weights: Array, precision: Precision = FLOAT32) -> Ritz:
     basis[..., :1, :] = u = root / _length(root)
     w = r / _length(r) + noise
     w = w - (w @ _t(u)) @ u
-    best: Ritz | None = None
+    best = spread = None
     for k in range(1, checks[-1] + 1):
-        basis[..., k : k + 1, :] = q = w / (_length(w) + TINY)
+        length = _length(w)
+        basis[..., k : k + 1, :] = q = w / (length + HUGE * (length <= precision.nothing))
         known = basis[..., : k + 1, :]
         across = _t(known)
         w = ((q * r) @ weights) * r
@@ -84,8 +88,10 @@ def lanczos(weights: Array, precision: Precision = FLOAT32) -> Ritz:
         projected[..., k - 1 : k, :k] = h[..., 1:]  # the lower triangle, which is all that eigh looks at
         w = w - h @ known
         w = w - (w @ across) @ known
+        if spread is None:
+            spread = _length(w)[..., 0, 0]
         if k in checks:
-            now, over = _ritz(projected[..., :k, :k], known[..., 1:, :], _length(w)[..., 0, 0], precision)
+            now, over = _ritz(projected[..., :k, :k], known[..., 1:, :], _length(w)[..., 0, 0], spread, precision)
             best = now if best is None else _first_sure(best, now)
             if bool((best.sure | over).all()):
                 break
@@ -93,10 +99,10 @@ def lanczos(weights: Array, precision: Precision = FLOAT32) -> Ritz:
     return Ritz(best.value, best.vector * r, best.gap, best.spread, best.sure)
 
 
-def _ritz(projected: Array, basis: Array, length: Array, precision: Precision) -> tuple[Ritz, Array]:
+def _ritz(projected: Array, basis: Array, length: Array, spread: Array, precision: Precision) -> tuple[Ritz, Array]:
     """The best pair in the space so far, its vector z; and whether more steps in this float type would bring nothing.
 
-    projected: (..., k, k).  basis: (..., k, N).  length: (...) of what the last step left over.
+    projected: (..., k, k).  basis: (..., k, N).  length, spread: (...) of what the last and the first step left over.
     """
     values, s = (np.linalg if isinstance(projected, np.ndarray) else torch.linalg).eigh(projected)
     top = values[..., -1]
@@ -104,7 +110,7 @@ def _ritz(projected: Array, basis: Array, length: Array, precision: Precision) -
     residual = length * abs(s[..., -1, -1])
     near = (residual <= precision.tolerance * gap) & ((residual <= precision.faint) | (1 - top >= FALLS_APART))
     sure = near & (gap >= precision.gap)
-    return Ritz(top, _t(s[..., -1:]) @ basis, gap, top - values[..., 0], sure), near | (residual <= precision.rounding)
+    return Ritz(top, _t(s[..., -1:]) @ basis, gap, spread, sure), near | (residual <= precision.rounding)
 
 
 def _first_sure(before: Ritz, now: Ritz) -> Ritz:
@@ -116,7 +122,7 @@ def _first_sure(before: Ritz, now: Ritz) -> Ritz:
         torch.where(old, before.value, now.value),
         torch.where(old[:, None, None], before.vector, now.vector),
         torch.where(old, before.gap, now.gap),
-        torch.where(old, before.spread, now.spread),
+        now.spread,
         old | now.sure,
     )
 

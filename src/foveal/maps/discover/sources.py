@@ -28,7 +28,7 @@ from foveal.maps.discover.lost import lost
 from foveal.maps.discover.maskcut import maskcut
 from foveal.maps.discover.mass import dino_mass, mass_mask
 from foveal.maps.discover.patches import Kind, one_grid, patches, reader
-from foveal.maps.discover.tokencut import Foreground, tokencut
+from foveal.maps.discover.tokencut import Foreground, check_foreground, tokencut
 from foveal.maps.found import found
 from foveal.maps.pixels import pixels_of
 
@@ -62,6 +62,7 @@ class TokenCut:
         std: Sequence[float] | None = None,
     ) -> None:
         check_settings(tau, eps, binary)
+        check_foreground(foreground)
         known = ("clipped", "eigenvector", "mask", "soft")
         if variant not in known:
             raise ValueError(f"variant={variant!r} is not known; use one of {', '.join(known)}")

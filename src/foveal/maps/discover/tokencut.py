@@ -109,8 +109,7 @@ def object_side(
     vector: Tensor, grid: tuple[int, int], foreground: Foreground = "smaller", attention: Tensor | None = None
 ) -> Side:
     """Which side of each cut is the object; see above. vector: (B, N) of any sign, on the grid (h, w)."""
-    if foreground not in get_args(Foreground):
-        raise ValueError(f"foreground={foreground!r} is not known; use one of {', '.join(get_args(Foreground))}")
+    check_foreground(foreground)
     above = vector > vector.mean(1, keepdim=True)
     seed = vector.abs().argmax(1, keepdim=True)
     flip = ~above.gather(1, seed)
@@ -126,6 +125,12 @@ def object_side(
         return Side(y, side, seed[:, 0], inverted)
     y, side = torch.where(inverted[:, None], -y, y), side ^ inverted[:, None]
     return Side(y, side, y.argmax(1), inverted)
+
+
+def check_foreground(foreground: str) -> None:
+    """Raise ValueError for a rule that is not known."""
+    if foreground not in get_args(Foreground):
+        raise ValueError(f"foreground={foreground!r} is not known; use one of {', '.join(get_args(Foreground))}")
 
 
 def _mean_on(values: Tensor, side: Tensor) -> Tensor:
