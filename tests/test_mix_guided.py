@@ -12,6 +12,7 @@ from torch import nn
 
 import foveal
 from foveal import chance
+from foveal.maps import MapWarning
 from foveal.mix import MIXERS, MapMixer, label_rows, soft_cross_entropy
 from foveal.mix.guided import CellMixer
 from sources import Fixed
