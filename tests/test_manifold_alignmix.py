@@ -309,9 +309,9 @@ def test_blocks_that_are_not_there():
         pass
     with pytest.raises(ValueError, match="block 7"), AlignMix(block=7).on(model, images, labels):
         pass
-    assert ManifoldMixup().first_mixed_block == 1
-    assert ManifoldMixup(deepest=0).first_mixed_block is None
-    assert AlignMix().first_mixed_block == -1
+    assert ManifoldMixup().first_mixed_block(model) == 1
+    assert ManifoldMixup(deepest=0).first_mixed_block(model) is None
+    assert AlignMix().first_mixed_block(model) == 3
 
 
 def test_a_blend_of_tokens_by_hand():

@@ -335,7 +335,7 @@ def test_a_guide_reads_the_same_forward():
     model, source = vit(), vit()
     images, labels = batch(model)
     mixer = mixer_for(model, horizontal=2, vertical=3)
-    guide = GTA(source=source, layers=list(range(mixer.first_mixed_block)))
+    guide = GTA(source=source, layers=list(range(mixer.first_mixed_block(model))))
     with mixer.on(model, images, labels, num_classes=C) as step, guide.on(model, step.images) as g:
         logits = model(step.images)
     assert float(g.losses()["gta"].detach()) == 0.0  # before the first mixed block nothing differs
@@ -698,7 +698,7 @@ def test_vertical_mixing_changes_training_only_and_adds_no_parameter():
     mixer = mixer_for(model, horizontal=None, vertical=2)
     assert mixer.learned(model, C) is None
     assert mixer.terms == mixer.measures == ()
-    assert mixer.first_mixed_block is None
+    assert mixer.first_mixed_block(model) is None
     _, step, logits, _ = run(mixer, model, images, labels)
     assert not torch.allclose(logits, model(images))
     assert torch.equal(step.targets(C), label_rows(labels, C))
@@ -746,8 +746,9 @@ def test_blocks_that_are_not_there():
     ):
         with pytest.raises(ValueError, match=says):
             run(mixer_for(model, **settings), model, *batch(model))
-    last = run(mixer_for(model, horizontal=-1), model, *batch(model))[1]
-    assert list(last.exchanges) == [3]
+    mixer = mixer_for(model, horizontal=(-1, 1))
+    assert list(run(mixer, model, *batch(model))[1].exchanges) == [1, 3]
+    assert mixer.first_mixed_block(model) == 1
 
 
 def test_a_scorenet_that_nobody_asked_for_is_an_error():

@@ -143,6 +143,14 @@ def test_nothing_to_gain_is_known_without_a_partner():
     assert gains is False
 
 
+def test_a_diverged_model_exchanges_nothing():
+    scores = torch.rand(4, 4)
+    scores[2, 1] = torch.nan
+    partner, gains = assign(scores, torch.ones(4, dtype=torch.bool))
+    assert partner.tolist() == [0, 1, 2, 3]
+    assert gains is False
+
+
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
 def test_a_prepared_problem_has_the_same_optimum(share, monkeypatch):
     monkeypatch.setattr(assignment, "PREPARED", 8)

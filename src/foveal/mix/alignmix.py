@@ -106,10 +106,9 @@ class AlignMix(TokenMixer[AlignDraw]):
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations} finds no plan: use 1 or more")
 
-    @property
-    def first_mixed_block(self) -> int | None:
-        """The block as it was given (negative ones count from the last)."""
-        return self.block
+    def first_mixed_block(self, model: nn.Module) -> int | None:
+        """The block."""
+        return self.blocks(model).position(self.block)
 
     def draw(
         self, batch: int, image_size: tuple[int, int], grid: tuple[int, int] | None = None, *, rng: torch.Generator

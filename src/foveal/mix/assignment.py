@@ -45,13 +45,14 @@ def assign(scores: Tensor, easy: Tensor) -> tuple[Tensor, bool]:
     """The best partner of every easy image, no partner twice: (B,) int64, on the device of the scores.
 
     scores: (B, B) >= 0.  easy: (B,) bool; the others are their own partners.  Also says, on the host, whether anything
-    is gained at all. Among equally good assignments any is returned.
+    is gained at all. Among equally good assignments any is returned. Scores that are not numbers, of a model that
+    diverges, gain nothing: its loss will tell.
     """
     B = len(scores)
     host = torch.cat([scores, easy[:, None].to(scores.dtype)], dim=1).cpu().double().numpy()  # one transfer
     C, wanted = host[:, :B], np.flatnonzero(host[:, B])
     partner = np.arange(B)
-    gains = bool(C[wanted].any())
+    gains = bool(C[wanted].any() and np.isfinite(C[wanted]).all())
     if gains:
         partner[wanted] = _solve(scores, C, wanted)
     return torch.from_numpy(partner).to(scores.device, non_blocking=True), gains

@@ -70,8 +70,7 @@ class ManifoldMixup(TokenMixer[DepthDraw]):
         if self.deepest < 0:
             raise ValueError(f"deepest={self.deepest} but depths count from 0, the image: use 0 or more")
 
-    @property
-    def first_mixed_block(self) -> int | None:
+    def first_mixed_block(self, model: nn.Module) -> int | None:
         """Block 1 at the earliest: depth 0 mixes the images themselves."""
         return 1 if self.deepest else None
 

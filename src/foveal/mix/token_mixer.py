@@ -74,13 +74,12 @@ class TokenMixer(Mixer[DrawT]):
                 "mixers on one model are not composed"
             )
 
-    @property
-    def first_mixed_block(self) -> int | None:
+    @abstractmethod
+    def first_mixed_block(self, model: nn.Module) -> int | None:
         """The first block that may be given tokens of other images, counted from 0; None where none is.
 
         What is compared with the unmixed model, as a guide does, is comparable before it.
         """
-        return None
 
     @abstractmethod
     def mixing(

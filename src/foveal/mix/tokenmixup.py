@@ -115,11 +115,9 @@ class TokenMixup(TokenMixer[TokenDraw]):
 
     # -- what a task asks
 
-    @property
-    def first_mixed_block(self) -> int | None:
-        """The first horizontal block as it was given (negative ones count from the last); None without one."""
-        assert self.horizontal is None or isinstance(self.horizontal, tuple)
-        return None if self.horizontal is None else min(self.horizontal)
+    def first_mixed_block(self, model: nn.Module) -> int | None:
+        """The first horizontal block; None without one: vertical mixing adds tokens of the image itself."""
+        return min(self._horizontal(model), default=None)
 
     @property
     def terms(self) -> tuple[str, ...]:
