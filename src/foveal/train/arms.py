@@ -3,7 +3,8 @@
     cutmix    tdattenmix:map=label_biased,map.sigma=0.5,beta=0.1    gta:weight=10    0.15
 
 In a mixer's words `map`, `map_model` and `map_warmup` are settings of the run, `map.KEY` is a setting of the map, and
-the rest are settings of the mixer. Each fraction of the labels has its own baseline: the first combination listed.
+the rest are settings of the mixer; `token_mix=horizontal` mixes tokens on top of it, `token.KEY` is a setting of
+that. Each fraction of the labels has its own baseline: the first combination listed.
 """
 
 import itertools
@@ -91,14 +92,20 @@ def _own(mix: Spoken, common: Mapping[str, Any], recipe: Mapping[str, Any]) -> d
 
 def _mixer(text: str) -> Spoken:
     kind, pairs = _words(text)
-    values: dict[str, Any] = {"mix_args": {}, "map_args": {}}
+    values: dict[str, Any] = {"mix_args": {}, "map_args": {}, "token_mix_args": {}}
     names = []
     fields = _fields(kind)
     for key, (value, written) in pairs.items():
-        of_map = key.removeprefix("map.")
+        of_map, of_tokens = key.removeprefix("map."), key.removeprefix("token.")
         if key in MAP and key != "map_args":
             values[key] = value
             names.append(written if key == "map" else f"{key}={written}")
+        elif key == "token_mix":
+            values[key] = value
+            names.append(written)
+        elif of_tokens != key:
+            values["token_mix_args"][of_tokens] = value
+            names.append(f"{of_tokens}={written}")
         elif of_map != key:
             values["map_args"][of_map] = value
             names.append(f"{key if of_map in fields else of_map}={written}")

@@ -204,7 +204,7 @@ class _Bench:
         self.batch: Batch = next(iter(batches))
         self.size = len(self.batch)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.guides: dict[tuple[str, float], Any] = {}
+        self.guides: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -220,16 +220,17 @@ class _Bench:
         settings = settings.replace(map_warmup=0)  # what a step costs once the map is trusted
         model = self.built.model
         average = Average(model, settings.ema) if settings.ema else None
-        guide = (settings.guide, settings.guide_weight)
+        mixer = mixer_of(settings, self.built, self.data, average)
+        guide = json.dumps([settings.guide, settings.guide_weight, settings.token_mix, settings.token_mix_args])
         if guide not in self.guides:
-            self.guides[guide] = guide_of(settings, model)
+            self.guides[guide] = guide_of(settings, model, mixer)
         task = Classify(
             model,
             settings,
             classes=len(self.data.classes),
             sizes=[self.size],
             parts=1,
-            mixer=mixer_of(settings, self.built, self.data, average),
+            mixer=mixer,
             guide=self.guides[guide],
             average=average,
         )

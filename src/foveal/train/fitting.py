@@ -23,7 +23,7 @@ from foveal.attention import attach, supported
 from foveal.data import Data, DataWarning, load, subset
 from foveal.data.batches import Batch, Batches
 from foveal.data.order import step_sizes
-from foveal.mix import MIXERS
+from foveal.mix import MIXERS, TOKEN_MIXERS, TokenMixer, token_mixer
 from foveal.train import memory, outcome
 from foveal.train.errors import Interrupted, RunError, SettingsError
 from foveal.train.files import write_text
@@ -75,19 +75,39 @@ def load_data(settings: Settings) -> Data:
 
 
 def mixer_of(settings: Settings, built: Built, data: Data, average: Average | None = None) -> Any:
-    """The mixer that the settings name, with the map that it is to follow.
+    """The mixer that the settings name, with the map that it is to follow, and the token mixer on top of it.
 
     built: the model to be trained, before its first step.  average: its running average, where there is one.
     """
     source = source_of(settings, built, data, average)
     follow = {} if source is None else {"map": source}
-    return MIXERS[settings.mix](**settings.mix_args, **follow, seed=settings.seed)
+    mixer = MIXERS[settings.mix](**settings.mix_args, **follow, seed=settings.seed)
+    if settings.token_mix == "none":
+        return mixer
+    options = dict(settings.token_mix_args)
+    if "smoothing" in TOKEN_MIXERS[settings.token_mix][0].__dataclass_fields__:
+        options["smoothing"] = settings.smoothing
+    return token_mixer(settings.token_mix, mixer, **options, seed=settings.seed)
 
 
-def guide_of(settings: Settings, model: torch.nn.Module) -> Any:
-    """The guide that the settings name, its source the weights `model` has now; None for none or weight 0."""
+def guide_of(settings: Settings, model: torch.nn.Module, mixer: Any = None) -> Any:
+    """The guide that the settings name, its source the weights `model` has now; None for none or weight 0.
+
+    mixer: where it mixes tokens of images inside the model, the guide keeps to the blocks before: the source sees none
+    of that. Raises SettingsError where no block is left.
+    """
     kind = GUIDES[settings.guide]
-    return None if kind is None or settings.guide_weight == 0 else kind(source=model, weight=settings.guide_weight)
+    if kind is None or settings.guide_weight == 0:
+        return None
+    first = mixer.first_mixed_block(model) if isinstance(mixer, TokenMixer) else None
+    if first is None:
+        return kind(source=model, weight=settings.guide_weight)
+    if first == 0:
+        raise SettingsError(
+            f"token_mix={settings.token_mix} mixes before the first block, so guide={settings.guide} has nothing to"
+            " compare: mix at a later block (token_mix_args), or leave one of them out"
+        )
+    return kind(source=model, weight=settings.guide_weight, layers=range(first))
 
 
 def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tell) -> Run:
@@ -107,14 +127,15 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
     world = count * nodes
     sizes = step_sizes(len(data.train), settings.batch_size, world, settings.accumulate)
     average = Average(built.model, settings.ema) if settings.ema else None
+    mixer = mixer_of(settings, built, data, average)
     task = Classify(
         built.model,
         settings,
         classes=len(data.classes),
         sizes=sizes,
         parts=world * settings.accumulate,
-        mixer=mixer_of(settings, built, data, average),
-        guide=guide_of(settings, built.model),
+        mixer=mixer,
+        guide=guide_of(settings, built.model, mixer),
         average=average,
     )
     record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)

@@ -64,7 +64,8 @@ def label_gaps(built: Built, images: Images, mixer: Any, settings: Settings, dev
 
 
 def covering(mixer: Any) -> Any:
-    """The mixer without its blends, which cover nothing, and without losses of its own."""
+    """The mixer of images without its blends, which cover nothing, and without losses of its own."""
+    mixer = getattr(mixer, "over", mixer)  # tokens are mixed in training only
     has = {one.name for one in fields(mixer) if one.init}
     if not {"mixup_alpha", "switch_prob"} <= has or getattr(mixer, "cutmix_alpha", 1.0) == 0.0:
         return mixer

@@ -53,6 +53,12 @@ class Settings:
         "self", "the network behind the map: self, ema, frozen (the initial weights), a run folder, a timm model"
     )
     map_warmup: int = _setting(0, "epochs before the map is trusted; until then every place counts alike")
+    token_mix: str = _setting(
+        "none", "mixing inside the model, on top of mix: none, horizontal, vertical, both, manifold, alignmix"
+    )
+    token_mix_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"doc": "settings of the token mixer, such as {horizontal: 1, rho_unit: mean}"}
+    )
     guide: str = _setting("none", "guidance towards the attention of the initial weights: none, gta")
     guide_weight: float = _setting(1.0, "weight of the guidance loss beside the task loss")
 
@@ -105,7 +111,8 @@ class Settings:
     def default_name(self) -> str:
         """A folder name from what one compares: data, model, mix, guide, seed."""
         data = Path(self.data.rstrip("/")).name or "data"
-        used = [data, self.model, *(part for part in (self.mix, self.guide) if part != "none"), f"seed{self.seed}"]
+        ways = [part for part in (self.mix, self.token_mix, self.guide) if part != "none"]
+        used = [data, self.model, *ways, f"seed{self.seed}"]
         return "-".join("".join(c if c.isalnum() or c in "._+=" else "_" for c in part) for part in used)
 
     def replace(self, **changes: Any) -> "Settings":
@@ -278,6 +285,8 @@ def _check_choices(settings: Settings) -> None:
             raise SettingsError(f"mix={settings.mix}: {error}") from None
     if settings.map is not None or settings.map_args or settings.map_model != "self" or settings.map_warmup:
         _check_map(settings)
+    if settings.token_mix != "none" or settings.token_mix_args:
+        _check_token_mix(settings)
     if settings.guide != "none":
         from foveal.transfer import GUIDES
 
@@ -288,6 +297,23 @@ def _check_choices(settings: Settings) -> None:
                 f"guide={settings.guide} keeps the attention of the initial weights, but init=none is random:"
                 " give pretrained weights or a file as init"
             )
+
+
+def _check_token_mix(settings: Settings) -> None:
+    from foveal.mix import TOKEN_MIXERS, token_mixer
+
+    if settings.token_mix not in TOKEN_MIXERS:
+        raise SettingsError(unknown("token mixer", settings.token_mix, ["none", *TOKEN_MIXERS]))
+    kind, _ = TOKEN_MIXERS[settings.token_mix]
+    kept = ("seed", "over", "smoothing")  # the run's own
+    known = [one.name for one in dataclasses.fields(kind) if one.init and one.name not in kept]
+    for name in settings.token_mix_args:
+        if name not in known:
+            raise SettingsError(unknown(f"setting of {settings.token_mix}", name, known))
+    try:
+        token_mixer(settings.token_mix, None, **settings.token_mix_args)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"token_mix={settings.token_mix}: {error}") from None
 
 
 def _check_map(settings: Settings) -> None:
