@@ -1,10 +1,12 @@
 """foveal compare: from words to a table, a CSV and a page; what it says when something is wrong; going on."""
 
 import csv
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from foveal.cli import main
 from foveal.cli.compared import Watch
@@ -207,3 +209,18 @@ def test_workers_train_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["compare", SCENES, *SMALL, "--mix", "none", "cutmix", *out]) == 0
     assert "cutmix-seed0 done" in capsys.readouterr().err
     assert Comparison.load(tmp_path / "it").failed == {}
+
+
+def test_a_warning_of_many_runs_is_shown_once():
+    text = io.StringIO()
+    watch = Watch(Console(file=text, width=60), {"a": 2, "b": 2})
+    for name in ("a", "b"):
+        watch(name, {"said": "MapWarning: some maps prefer no place"})
+        watch(name, {"said": "DataWarning: 3 images left out"})
+        watch(name, {"epoch": 1})
+        watch(name, {})
+    watch("b", {"failed": "lost [here]"})
+    assert text.getvalue().splitlines() == [
+        *("a: MapWarning: some maps prefer no place", "a done", "b done", "b failed: lost [here]"),
+    ]  # fmt: skip
+    assert (watch.trained, sum(watch.reached.values())) == (2, 4)

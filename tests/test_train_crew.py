@@ -32,6 +32,9 @@ for line in sys.stdin:
     if "data" in name:
         answer({"error": "no such images", "kind": "DataError"})
         continue
+    if "warns" in name:
+        print("MapWarning: some maps", file=sys.stderr, flush=True)
+        time.sleep(0.1)  # so that it is heard before the run ends
     if "slow" in name:
         time.sleep(0.3)
     print("epoch", name, os.getpid(), file=log)
@@ -93,6 +96,12 @@ def test_a_worker_is_kept_after_a_run_and_replaced_after_a_failure(log: Path):
     assert pid["d"] != pid["a"]
 
 
+def test_what_a_worker_says_is_passed_on(log: Path):
+    told: list[tuple[str, dict]] = []
+    assert train_all(runs("a-warns"), 1, lambda name, row: told.append((name, row))) == {}
+    assert told[0] == ("a-warns", {"said": "MapWarning: some maps"})
+
+
 def test_wrong_data_ends_all(log: Path):
     with pytest.raises(DataError, match="no such images"):
         train_all(runs("a-data", "b", "c"), 1, lambda name, row: None)
@@ -149,6 +158,13 @@ def test_the_memory_of_a_process_and_what_it_started():
         assert both.now >= held(child.pid).now > 10**8
         child.stdin.close()
     assert held(child.pid) == Held(0, 0)
+
+
+def test_images_are_decoded_with_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch):
+    (run,) = runs("a")
+    monkeypatch.setattr(crew, "cores", lambda: 12)
+    assert [crew._shared(run, jobs).workers for jobs in (1, 2, 4, 16)] == [None, 6, 3, 1]
+    assert crew._shared(run.replace(workers=0), 4).workers == 0
 
 
 def test_cores_and_devices_are_shared_out():

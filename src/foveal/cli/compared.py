@@ -34,6 +34,7 @@ class Watch:
         self.reached = dict.fromkeys(epochs, 0)
         self.trained = 0  # epochs, now and not before
         self._at: set[str] = set()  # runs that were trained now
+        self._heard: set[str] = set()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -52,7 +53,15 @@ class Watch:
         self.bar.stop()
 
     def __call__(self, name: str, row: dict[str, Any]) -> None:
-        """An epoch of a run has ended; or the run has: with an empty row well, with {"failed": why} not."""
+        """An epoch of a run has ended; or the run has: with an empty row well, with {"failed": why} not.
+
+        What a run says is shown once, however many say it.
+        """
+        if "said" in row:
+            if row["said"] and row["said"] not in self._heard and not row["said"].startswith("DataWarning"):
+                self._heard.add(row["said"])
+                self.console.print(f"{name}: {row['said']}" if name else row["said"], soft_wrap=True, markup=False)
+            return  # of the data tells the report
         if "epoch" in row:
             self.trained += 1
             self._at.add(name)

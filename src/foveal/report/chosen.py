@@ -27,7 +27,7 @@ def chosen(subject: Subject) -> Chosen:
     there = [arm for arm in subject.others if arm.base == base.name] or list(subject.others)
     accuracy = {arm.name: _mean(subject, f"accuracy/{test}", arm) for arm in there}
     pointing = {arm.name: _mean(subject, pointing_of(test).key, arm) for arm in there}
-    reasons: dict[str, list[str]] = {base.name: ["the baseline" if base.kind == "base" else "the first"]}
+    reasons: dict[str, list[str]] = {base.name: ["the baseline" if base.name in subject.bases else "the first"]}
     for held, pick, reason in (
         (accuracy, max, f"the highest accuracy on {test}"),
         (accuracy, min, "the lowest"),

@@ -44,12 +44,12 @@ def comparison_page(comparison: Comparison, *, data: Data | None = None, command
 
 def render(subject: Subject, data: Data | None = None) -> str:
     """The page as text."""
-    found = data if data is not None else test_images(subject.first)
+    shown = chosen(subject)
+    found = data if data is not None else test_images(shown.arms[0].runs[0])
     missing = [] if isinstance(found, Data) else [found]
     tests = found.tests if isinstance(found, Data) else {}
     even = {name: even_gaze(images) for name, images in tests.items()}
     differ, shared = tables.setting_rows(subject.arms)
-    shown = chosen(subject)
     mixed = matrix(subject)
     context = headline(subject) | {
         "subject": subject,
@@ -96,11 +96,13 @@ def _pictures(
     found = []
     most, each = (2, 2) if len(arms) > 2 else (MOST_TESTS, 3)
     for name in sorted(tests.keys() & set(subject.tests), key=lambda name: name != subject.main_test)[:most]:
-        looking = [arm for arm in arms if arm.runs[0].predictions(name).attention is not None]
+        tested = [arm.runs[0].split["sets"][f"test/{name}"]["images"] for arm in arms]
+        same = [arm for arm, images in zip(arms, tested, strict=True) if images == tested[0]]
+        looking = [arm for arm in same if arm.runs[0].predictions(name).attention is not None]
         if not looking:
             missing.append(f"Pictures of {name} are left out: the attention of the model cannot be read.")
             continue
-        if blind := [arm.name for arm in arms if arm not in looking]:
+        if blind := [arm.name for arm in same if arm not in looking]:
             missing.append(f"Pictures of {name} are without {listed(blind)}, whose attention cannot be read.")
         found.append((name, tiles.groups(looking, name, tests[name], each)))
     return found

@@ -48,7 +48,8 @@ def compare(
     jobs: processes that train, a run each at a time, with an equal share of the cores and, where there are several,
     a CUDA device each; None trains here, one run after the other. memory: GB (1e9 bytes) of the machine's memory that
     these processes may hold, see foveal.train.room. progress: called as progress(run's name, row of metrics.csv) after
-    each epoch, with an empty row when a run is done and {"failed": why} when it failed. baseline_of: the arm that each
+    each epoch, with an empty row when a run is done, {"failed": why} when it failed, and {"said": line} for what its
+    process prints on stderr. baseline_of: the arm that each
     arm but the baselines is compared with; by default the first.
     Raises SettingsError before anything is trained, for arms or seeds that cannot be compared; DataError; RunError for
     a folder with runs of other settings; Interrupted after Ctrl-C; where all runs failed, the error of the first.
@@ -76,7 +77,7 @@ def compare(
         name, error = next(iter(failed.items()))
         kind = type(error) if type(error).__module__ == RunError.__module__ else RunError
         raise kind(f"{name}: {error}") from error
-    told = _told(arms, seeds, baseline_of, done) | {"failed": {name: str(error) for name, error in failed.items()}}
+    told = _told(arms, seeds, baseline_of, done) | {"failed": {name: _line(error) for name, error in failed.items()}}
     if not _is_written(out, told):
         told |= {"metrics": metrics_of(done, baseline_of), "memory": memory_of(done)}
         write_text(out / "comparison.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -110,10 +111,14 @@ def _one_by_one(order: Sequence[Settings], tell: Tell) -> Iterator[tuple[str, Ex
             raise  # the data are the same for all
         except Exception as error:
             told = error if isinstance(error, ValueError | RunError) else RunError(f"{type(error).__name__}: {error}")
-            tell(name, {"failed": str(told)})
+            tell(name, {"failed": _line(told)})
             yield name, told
         else:
             tell(name, {})
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _say_nothing(name: str, row: dict[str, Any]) -> None:

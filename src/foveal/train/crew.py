@@ -34,7 +34,8 @@ def train_all(
 ) -> dict[str, Exception]:
     """Train `runs` (or resume them) in order, at most `jobs` at a time; what failed, by name.
 
-    tell(name, row) after each epoch, tell(name, {}) when a run is done, tell(name, {"failed": why}) when it failed.
+    tell(name, row) after each epoch, tell(name, {}) when a run is done, tell(name, {"failed": why}) when it failed, and
+    tell(name, {"said": line}) for what its process prints on stderr, such as warnings.
     limit: bytes that all of them may hold, see foveal.train.room; look: tells what a process holds.
     Raises DataError, as all runs have the same data. That and Ctrl-C end all: runs continue when called again.
     """
@@ -47,7 +48,7 @@ def train_all(
     try:
         while waiting or any(worker.run for worker in crew):
             while waiting and (worker := _next(crew, jobs, devices, events, limit, peak)) is not None:
-                worker.begin(waiting.pop())
+                worker.begin(_shared(waiting.pop(), jobs))
             try:
                 worker, event = events.get(timeout=None if limit is None else LOOK)
             except queue.Empty:
@@ -60,8 +61,8 @@ def train_all(
             if limit is not None and ("epoch" in event or "done" in event):
                 peak = max(peak or 0, worker.held.peak)
             name = str(worker.run.name) if worker.run else ""
-            if "epoch" in event:
-                tell(name, event["epoch"])
+            if "epoch" in event or "said" in event:
+                tell(name, event.get("epoch", event))
                 continue
             if "done" in event:
                 tell(name, {})
@@ -79,6 +80,11 @@ def train_all(
         for worker in crew:
             worker.end()
     return failed
+
+
+def _shared(run: Settings, jobs: int) -> Settings:
+    """The run with its share of the cores for decoding images, where it does not say how many."""
+    return run if run.workers is not None or jobs == 1 else run.replace(workers=max(1, min(cores() // jobs, 8)))
 
 
 def environment(slot: int, jobs: int, count: int, devices: Sequence[str]) -> dict[str, str]:
@@ -128,11 +134,13 @@ class _Worker:
             WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=os.environ | environ,
             text=True,
             process_group=0,  # Ctrl-C in the terminal is ours to answer
         )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        for listen in (self._listen, self._overhear):
+            threading.Thread(target=listen, args=(events,), daemon=True).start()
 
     def begin(self, run: Settings) -> None:
         """Give it a run."""
@@ -152,6 +160,11 @@ class _Worker:
             events.put((self, json.loads(line)))
         code = self.process.wait()
         events.put((self, {"error": f"its process ended with code {code}{_because(code)}", "kind": "RunError"}))
+
+    def _overhear(self, events: "queue.SimpleQueue[tuple[_Worker, dict[str, Any]]]") -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            events.put((self, {"said": line.rstrip()}))
 
 
 def _because(code: int) -> str:

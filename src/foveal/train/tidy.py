@@ -11,7 +11,7 @@ from foveal.train.files import write_text
 
 COLUMNS = (
     *("arm", "metric", "better", "unit", "n", "mean"),
-    *("low_over_seeds", "high_over_seeds", "low_over_images", "high_over_images"),
+    *("low_over_seeds", "high_over_seeds", "low_over_images", "high_over_images", "low_quartile", "high_quartile"),
     *("baseline", "difference", "difference_low_over_seeds", "difference_high_over_seeds"),
     *("difference_low_over_images", "difference_high_over_images", "seeds_up", "seeds_down", "seeds_compared"),
 )
@@ -20,8 +20,8 @@ COLUMNS = (
 def write_csv(comparison: Comparison) -> Path:
     """Write comparison.csv into the comparison's folder; its path. Raises RunError where the disk does not take it.
 
-    Beside the metrics (shares): step_seconds, step_ratio (medians; low and high over seeds are the quartiles of the
-    rounds) and peak_memory (the largest of the arm's runs, in bytes).
+    Beside the metrics (shares): step_seconds and step_ratio (medians; of the ratio the quartiles of the rounds too),
+    and peak_memory (the largest of the arm's runs, in bytes).
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
@@ -64,7 +64,7 @@ def _costs(comparison: Comparison, arm: str) -> list[dict[str, Any]]:
     if cost is not None:
         found.append({"metric": "step_seconds", "unit": "seconds", "mean": cost.seconds})
         if cost.ratio is not None:
-            ends = {} if cost.low is None else {"low_over_seeds": cost.low, "high_over_seeds": cost.high}
+            ends = {} if cost.low is None else {"low_quartile": cost.low, "high_quartile": cost.high}
             found.append({"metric": "step_ratio", "unit": "ratio", "mean": cost.ratio} | ends)
             found[-1]["baseline"] = comparison.baseline(arm)
     if memory := comparison.memory(arm):

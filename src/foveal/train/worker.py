@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from typing import Any
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     def answer(what: dict[str, Any]) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
+    warnings.showwarning = _warn  # type: ignore[assignment]  # it takes any further arguments
     from foveal.train.fitting import fit
     from foveal.train.settings import Settings
 
@@ -38,6 +40,10 @@ def main() -> None:
             answer({"error": " ".join(str(error).split()), "kind": type(error).__name__})
         else:
             answer({"done": str(run.folder)})
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(f"{category.__name__}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _listen(orders: "queue.SimpleQueue[str]") -> None:
