@@ -89,6 +89,11 @@ def test_a_run_on_other_classes_is_refused_as_a_map_of_labels(tmp_path: Path):
     assert looks(received).shape == (4, 4, 4)  # asks no label: any network will do
 
 
+def test_a_map_model_that_is_nothing_is_told_so(tmp_path: Path):
+    with pytest.raises(SettingsError, match="map_model=nosuch: unknown model 'nosuch', and no run folder"):
+        source(tmp_path, map_model="nosuch")
+
+
 def test_what_the_mixer_measures_is_written_down(tmp_path: Path):
     run = fit(tiny(tmp_path, epochs=2, mix="tdattenmix", mix_args={"switch_prob": 1.0}))
     for row in (*run.metrics, *run.steps):

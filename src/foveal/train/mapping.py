@@ -140,7 +140,10 @@ def _network(
         return run.model().requires_grad_(False), run.config, run.classes
     import timm
 
-    check_name(which)
+    try:
+        check_name(which)
+    except SettingsError as error:
+        raise SettingsError(f"map_model={which}: {error}, and no run folder; or use self, ema, frozen") from None
     model = timm.create_model(which, pretrained=True).eval().requires_grad_(False)
     return model, image_config(model), None
 
