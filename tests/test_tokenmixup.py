@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import os
 
 import pytest
 import timm
 import torch
+import torchvision
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -29,6 +31,8 @@ from foveal.mix import (
 from foveal.models import CompactTransformer
 from foveal.transfer import GTA
 from slow_tokenmixup import forward
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 f64 = torch.float64
 C = 5
@@ -708,6 +712,52 @@ def test_more_tokens_than_there_are():
     model = vit()
     with pytest.raises(ValueError, match="kappa=17 but an image has 16 patches"):
         run(mixer_for(model, horizontal=None, vertical=2, kappa=17), model, *batch(model))
+
+
+# -- other libraries
+
+
+@pytest.mark.parametrize("library", ["torchvision", "transformers"])
+def test_models_of_other_libraries(library):
+    """Horizontal at block 1, vertical at block 2: tokens, gradients with and without checkpointing, evaluation."""
+    torch.manual_seed(0)
+    if library == "torchvision":
+        model = torchvision.models.VisionTransformer(16, 4, 3, 2, 24, 32, num_classes=C).to(f64)
+        nn.init.normal_(model.heads.head.weight)  # zeros in a fresh one
+    else:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=C)
+        model = transformers.ViTForImageClassification(config).to(f64)
+    model.eval()
+    g = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(4, 3, 16, 16, generator=g, dtype=f64), torch.tensor([0, 1, 2, 3])
+    mixer = TokenMixup(horizontal=1, vertical=2, kappa=3, rho=0.0, tau=100.0)
+    learned = mixer.learned(model, C)
+
+    def logits_of(images):
+        out = model(images)
+        return getattr(out, "logits", out)
+
+    before = logits_of(images)
+    model.train()
+    grads = []
+    for checkpointed in (False, True)[: 1 + (library == "transformers")]:
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        learned.zero_grad()
+        with mixer.on(model, images, labels, num_classes=C) as step:
+            logits = logits_of(step.images)
+            step.loss(logits).backward()
+        grads.append([p.grad.clone() for p in (*model.parameters(), *learned.parameters()) if p.grad is not None])
+    done = step.exchanges[1]
+    assert done.replaced.any()
+    assert done.saliency.shape == (4, 16)
+    assert not torch.allclose(logits, before)
+    assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[-1], strict=True))
+    model.eval()
+    assert torch.equal(logits_of(images), before)
 
 
 # -- refusals

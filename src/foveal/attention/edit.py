@@ -237,7 +237,8 @@ class Edit:
                     f"{layer.name} computes attention unfused, where no keys can be appended: turn fused attention on "
                     "(timm: unset TIMM_FUSED_ATTN; transformers: attn_implementation='sdpa')"
                 )
-            if call.kwargs.get("attn_mask") is not None or any(isinstance(a, Tensor) for a in call.args[3:4]):
+            masks = [*call.args[3:4], call.kwargs.get("attn_mask"), call.kwargs.get("key_padding_mask")]
+            if any(isinstance(mask, Tensor) for mask in masks):
                 raise UnsupportedModelError(f"{layer.name} attends under a mask: no keys are appended there")
             dim = 0 if call.func is MHA else -2  # nn.MultiheadAttention puts the tokens first
             query, key, value = _named(call)
