@@ -46,6 +46,14 @@ def test_words_after_the_colon():
     assert re.fullmatch(r"[\w.+=%-]+", name)
 
 
+def test_tokens_mixed_on_top():
+    (name, found), *_ = arms_of(
+        COMMON, ["cutmix:token_mix=horizontal,token.rho_unit=mean"], ["none"], [None]
+    ).settings.items()
+    assert name == "cutmix-horizontal-rho_unit=mean"
+    assert (found.mix, found.token_mix, found.token_mix_args) == ("cutmix", "horizontal", {"rho_unit": "mean"})
+
+
 def test_names_of_values_that_are_no_names():
     (name,) = arms_of(COMMON, ["tdattenmix:map_model=runs/my guide"], ["none"], [None]).settings
     assert name == "tdattenmix-map_model=runs_my_guide"

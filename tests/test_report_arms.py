@@ -236,6 +236,14 @@ def test_the_cost_of_two_arms_is_a_sentence(tmp_path):
     assert "median of 5 rounds of 8 steps in turns, batch 8, float32 on cpu, 1 thread" in text
 
 
+def test_token_mixing_is_told(tmp_path):
+    compared = fake_comparison(tmp_path / "it", {"plain": {}, "tokens": {"token_mix": "horizontal"}}, epochs=1)
+    text = Page(comparison_page(compared).read_text("utf-8")).text
+    assert (
+        "tokens learns from mixed images and labels: inside the model tokens of images that are easy make way" in text
+    )
+
+
 def test_names_of_arms_are_escaped_everywhere(tmp_path):
     name = "<b>cut&mix"
     runs = {

@@ -7,7 +7,8 @@
 Arms are all combinations of the listed mixers, guides and label fractions. Each is compared with the first
 combination listed for its label fraction, so list first what you do today, or none. With the same seed all arms have
 the same split, initial weights and order of batches. After a colon come settings: of the mixer (beta=0.1), of the
-map that it follows (map=..., map.sigma=..., map_model=..., map_warmup=...), of the guide (gta:weight=10).
+map that it follows (map=..., map.sigma=..., map_model=..., map_warmup=...), of a token mixer on top of it
+(token_mix=horizontal, token.KEY=...), of the guide (gta:weight=10).
 
 The same command goes on after a stop, tries again what failed, adds arms or seeds to what is there, and prints the
 results when all is done. They are also in comparison.csv and report.html.

@@ -7,7 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from foveal.report.gather import Arm, Subject
-from foveal.report.words import BG_GAP, GUIDES, MIXERS, level
+from foveal.report.words import BG_GAP, GUIDES, MIXERS, TOKEN_MIXERS, level
 from foveal.train.run import Run
 
 
@@ -27,6 +27,10 @@ def arms_told(subject: Subject) -> list[str]:
         if settings.mix != "none":
             sources[0] = "mixed images and labels"
             how.append(f"{settings.mix}, {MIXERS.get(settings.mix, 'which mixes images and labels')}")
+        if settings.token_mix != "none":
+            sources[0] = "mixed images and labels"
+            what = TOKEN_MIXERS.get(settings.token_mix, "tokens are mixed")
+            how.append(f"inside the model {what}")
         if settings.guide != "none":
             sources.append("guidance")
             what = GUIDES.get(settings.guide, "a loss beside that of the task")
@@ -68,10 +72,12 @@ def machine(run: Run) -> list[tuple[str, str]]:
 def _ways(subject: Subject) -> list[str]:
     settings = [arm.runs[0].settings for arm in subject.arms]
     mixes = [mix for mix in dict.fromkeys(one.mix for one in settings) if mix in MIXERS]
+    tokens = [token for token in dict.fromkeys(one.token_mix for one in settings) if token in TOKEN_MIXERS]
     guides = [guide for guide in dict.fromkeys(one.guide for one in settings) if guide in GUIDES]
     said: list[str] = [
         Markup("<strong>{}</strong>: {}.").format(mix, MIXERS[mix].removeprefix("which ")) for mix in mixes
     ]
+    said += [Markup("<strong>{}</strong>: inside the model {}.").format(token, TOKEN_MIXERS[token]) for token in tokens]
     return said + [Markup("<strong>{}</strong>: {}.").format(guide, GUIDES[guide]) for guide in guides]
 
 

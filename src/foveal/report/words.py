@@ -58,6 +58,15 @@ MIXERS = {
 NOTHING, THESE = "no difference can be claimed", " in these runs"
 
 
+TOKEN_MIXERS = {
+    "horizontal": "tokens of images that are easy make way for more salient ones of other images (TokenMixup)",
+    "vertical": "a block also looks at salient tokens of the blocks before it (TokenMixup)",
+    "both": "salient tokens of other images and of the blocks before are mixed in (TokenMixup)",
+    "manifold": "images, or all tokens before a block, are blended (Manifold Mixup)",
+    "alignmix": "images, or tokens brought to matching places, are blended (AlignMixup)",
+}
+
+
 @dataclass(frozen=True)
 class Measure:
     """A number that arms are compared by; values are percent, differences are points."""

@@ -235,9 +235,11 @@ class _Bench:
             average=average,
         )
         task.to(self.device)
-        optimizer = self.optimizers.get(settings.optimizer)
+        # a token mixer may have parameters of its own
+        kind = json.dumps([settings.optimizer, settings.token_mix, settings.token_mix_args])
+        optimizer = self.optimizers.get(kind)
         if optimizer is None:
-            optimizer = self.optimizers[settings.optimizer] = task.configure_optimizers()
+            optimizer = self.optimizers[kind] = task.configure_optimizers()
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
 
