@@ -1,6 +1,8 @@
 """The most memory that a run has held: on the accelerator where it has one, else of the process."""
 
 import contextlib
+import ctypes
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ def begin(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
+        gc.collect()  # what a run before this one left behind is not this one's
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # of glibc: gives freed memory back
         # sets the process's high-water mark to what it holds now; where that is forbidden the mark is of all its life
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
