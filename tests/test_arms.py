@@ -76,6 +76,19 @@ def test_a_recipe_says_what_its_own_mixer_is():
     assert (arms["cutmix"].mix_args, arms["cutmix"].map) == ({}, None)
 
 
+def test_tokens_of_a_recipe_and_of_all_arms():
+    recipe = {"mix": "cutmix", "token_mix": "horizontal", "token_mix_args": {"rho": 0.01, "horizontal": 1}}
+    texts = ["none", "cutmix", "cutmix:token.rho=0.02", "cutmix:token_mix=manifold", "cutmix:token_mix=none"]
+    plain, own, more, other, without = arms_of(COMMON, texts, ["none"], [None], recipe).settings.values()
+    assert (plain.token_mix, own.token_mix) == ("none", "horizontal")
+    assert own.token_mix_args == recipe["token_mix_args"]
+    assert more.token_mix_args == {"rho": 0.02, "horizontal": 1}
+    assert (other.token_mix, other.token_mix_args) == ("manifold", {})
+    assert (without.token_mix, without.token_mix_args) == ("none", {})
+    for found in arms_of(COMMON | {"token_mix": "vertical"}, ["none", "cutmix"], ["none"], [None]).settings.values():
+        assert found.token_mix == "vertical"
+
+
 def test_maps_given_for_all_hold_for_those_that_follow_one():
     arms = arms_of(
         COMMON | {"map": "received_attention", "map_warmup": 1}, ["none", "smmix"], ["none"], [None]

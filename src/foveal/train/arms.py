@@ -18,7 +18,8 @@ from foveal.train.names import unknown
 from foveal.train.settings import Settings
 
 MAP = ("map", "map_args", "map_model", "map_warmup")  # settings that only a mixer that follows a map may have
-OWN = ("mix_args", *MAP)  # settings that belong to one mixer
+TOKENS = ("token_mix", "token_mix_args")
+OWN = ("mix_args", *TOKENS, *MAP)  # settings that belong to one mixer
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def _own(mix: Spoken, common: Mapping[str, Any], recipe: Mapping[str, Any]) -> d
     values: dict[str, Any] = {"mix": mix.kind}
     if mix.kind == recipe.get("mix", "none"):
         values |= {name: recipe[name] for name in OWN if name in recipe}
-    if _follows(mix.kind):
-        values |= {name: common[name] for name in MAP if name in common}
+    values |= {name: common[name] for name in (*TOKENS, *(MAP if _follows(mix.kind) else ())) if name in common}
+    before = dict(values)
     for name, value in mix.values.items():
-        whole = name in ("map_args", "mix_args")
-        values[name] = dict(values.get(name) or {}) | value if whole else value
-    if "map" in mix.values and mix.values["map"] != recipe.get("map"):
-        values["map_args"] = mix.values.get("map_args", {})  # another map has other settings
+        values[name] = {**(values.get(name) or {}), **value} if name.endswith("_args") else value
+    for name in ("map", "token_mix"):
+        if values.get(name) != before.get(name):  # another one has other settings
+            values[f"{name}_args"] = mix.values.get(f"{name}_args", {})
     return values
 
 
