@@ -39,7 +39,8 @@ def fake_run(
 ) -> Run:
     """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object.
 
-    memory: its peak in bytes.  gap: the most that a label is wrong.  blend_in: the seed in which its mixer has the turn of Mixup.
+    memory: its peak in bytes.  gap: the most that a label is wrong.  blend_in: the seed in which its mixer has the turn
+    of Mixup.
     """
     rng, beside = (torch.Generator().manual_seed(key) for key in (seed, 1000 + seed))
     data = load(spec)

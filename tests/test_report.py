@@ -120,8 +120,12 @@ def test_pages_are_small_and_written_whole(compared, page, alone):
 def test_the_table_holds_the_numbers_of_the_results(compared, page):
     rows = {row[0]: row[1:] for row in Page(page).rows if row}
     content = json.loads((compared.folder / "comparison.json").read_text())["metrics"]
-    names = {"accuracy/mixed_same": "accuracy, mixed_same", "accuracy/mixed_rand": "accuracy, mixed_rand",
-             "bg_gap": "BG-Gap (less is better)", "pointing/mixed_rand": "attention on the object, mixed_rand"}  # fmt: skip
+    names = {
+        "accuracy/mixed_same": "accuracy, mixed_same",
+        "accuracy/mixed_rand": "accuracy, mixed_rand",
+        "bg_gap": "BG-Gap (less is better)",
+        "pointing/mixed_rand": "attention on the object, mixed_rand",
+    }
     for key, name in names.items():
         cells = [" ".join(cell.split()) for cell in rows[name]]
         for cell, arm in zip(cells, ("plain", "guided"), strict=False):
