@@ -297,3 +297,13 @@ def test_models_that_show_something_else():
     )
     with pytest.raises(ValueError, match="has no keys; it offers received"):
         maps.TokenCut(swin)
+
+
+def test_patches_of_any_proportions():
+    torch.manual_seed(0)
+    naflex = timm.create_model("naflexvit_base_patch16_gap", embed_dim=32, depth=1, num_heads=2, num_classes=3)
+    assert maps.TokenCut(naflex)(torch.randn(2, 3, 32, 48)).map.shape == (2, 2, 3)
+    free = vit(img_size=(28, 20), dynamic_img_size=True)
+    found = maps.TokenCut(free)(torch.randn(2, 3, 12, 36))
+    assert found.map.shape == (2, 3, 9)
+    assert torch.equal(found.pixel_boxes, 4 * found.boxes)

@@ -43,7 +43,7 @@ class Precision:
     nothing: float  # a length that is rounding: the start's space is exhausted, and its vector says nothing
 
 
-FLOAT32 = Precision((6, 8, 11, 15, 20, 26), tolerance=1e-4, faint=2e-6, gap=1e-3, rounding=4e-7, nothing=1e-6)
+FLOAT32 = Precision((6, 7, 9, 12, 16, 21, 27), tolerance=3e-4, faint=2e-6, gap=1e-3, rounding=4e-7, nothing=1e-6)
 FLOAT64 = Precision(
     (8, 12, 16, 22, 30, 40, 54, 72, 96), tolerance=1e-7, faint=1e-9, gap=1e-9, rounding=1e-15, nothing=1e-14
 )
