@@ -16,7 +16,7 @@ the label, and to the model's prediction between the two labels on the mixed ima
 
 The second table asks of every source of maps what attention labels assume: on CutMix pairs, is the share of the map
 that stays visible the share of the object that does? `given area`: correlation left when the area is accounted for,
-which both shares follow without any map being good.
+which both shares follow without any map being good. `on object`: share of the map on the object of a whole image.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from foveal.data.batches import Batches
 from foveal.data.config import ImageConfig
 from foveal.data.errors import DataWarning
 from foveal.data.packs import read_pack
-from foveal.evaluate import LabelGaps, inconsistency, label_gaps, own_weight, relation
+from foveal.evaluate import LabelGaps, energy_share, inconsistency, label_gaps, own_weight, relation
 from foveal.mix import MIXERS, CutMix, MapMixer, TransMix
 from foveal.stats import Interval, over_images
 from foveal.train import Settings, fit
@@ -219,8 +219,7 @@ def nats(values: Tensor) -> str:
 
 def shares(subject: Subject, seeds: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """By source: visible share of the map, of the truth, of the area; of all CutMix pairs of all seeds, (S N,) each."""
-    names = [name for name in SOURCES if subject.labelled or name not in NEED_LABELS] + list(PIXEL_SOURCES)
-    sources = {name: maps.make(name, subject.model, subject.config) for name in names}
+    sources = sources_of(subject)
     cutmix, transmix = CutMix(mode="elem"), TransMix(mode="elem")
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for seed in range(seeds):
@@ -243,6 +242,24 @@ def shares(subject: Subject, seeds: int) -> dict[str, tuple[Tensor, Tensor, Tens
     return {name: tuple(torch.cat(column) for column in zip(*rows, strict=True)) for name, rows in parts.items()}
 
 
+def sources_of(subject: Subject) -> dict[str, maps.Source]:
+    names = [name for name in SOURCES if subject.labelled or name not in NEED_LABELS] + list(PIXEL_SOURCES)
+    return {name: maps.make(name, subject.model, subject.config) for name in names}
+
+
+def on_object(subject: Subject) -> dict[str, float]:
+    """Share of each source's map that lies on the object, and of the area; nothing for gaze, which has no edge."""
+    if subject.truth.dtype != torch.bool:
+        return {}
+    parts: dict[str, list[Tensor]] = {"area": [subject.truth.float().mean((1, 2))]}
+    sources = sources_of(subject)
+    for images, labels, truth in batches(subject):
+        for name, source in sources.items():
+            found = source(images, labels)
+            parts.setdefault(name, []).append(energy_share(found.map, truth)[~found.blank])
+    return {name: float(torch.cat(rows).mean()) for name, rows in parts.items()}
+
+
 def batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for batch in Batches(subject.images, subject.config, BATCH, train=False):
         yield batch.images, batch.labels, subject.truth[batch.index]
@@ -250,14 +267,19 @@ def batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def map_table(subject: Subject, seeds: int, plot: Path | None) -> None:
     found = shares(subject, seeds)
-    print("\n| share of | Pearson | Spearman | Pearson given area | gap of a label by it alone, % | pairs |")
-    print("|---|---|---|---|---|---|")
+    pointing = on_object(subject)
+    print(
+        "\n| share of | Pearson | Spearman | Pearson given area | gap of a label by it alone, % | pairs | on object |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, (share, truth, area) in found.items():
         both = relation(share, truth)
         gap = float((share - truth).abs().double().nanmean()) * 100
         partial = given(share, truth, area)
         beyond = "" if math.isnan(partial) else f"{partial:.3f}"
-        print(f"| {name} | {both.pearson:.3f} | {both.spearman:.3f} | {beyond} | {gap:.2f} | {both.n:,} |", flush=True)
+        cells = [f"{both.pearson:.3f}", f"{both.spearman:.3f}", beyond, f"{gap:.2f}", f"{both.n:,}"]
+        held = f"{pointing[name]:.3f}" if name in pointing else ""
+        print(f"| {name} | {' | '.join(cells)} | {held} |", flush=True)
     if plot is not None:
         scatter(subject, found, plot)
 
