@@ -65,4 +65,5 @@ def die() -> None:
 
 def _on_one_thread(target: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores Ctrl-C
     target(*args)
