@@ -39,44 +39,47 @@ def normalised_cut(weights: Tensor) -> Cut:
     has no vector of its own: one of its plane is given, always the same.
     Raises ValueError for another shape and for graphs of one patch.
     """
-    if weights.dim() != 3 or weights.shape[1] != weights.shape[2] or weights.shape[1] < 2:
-        raise ValueError(f"weights of shape {tuple(weights.shape)}: (B, N, N) of two or more patches is needed")
+    shape, on_cpu = weights.shape, weights.device.type == "cpu"
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] < 2:
+        raise ValueError(f"weights of shape {tuple(shape)}: (B, N, N) of two or more patches is needed")
     weights = weights.detach()
-    if weights.device.type == "cpu" or weights.dtype != torch.float32 or weights.shape[1] <= SMALL:
-        return Cut(*(torch.from_numpy(x).to(weights.device) for x in _cut(*_one_by_one(weights.cpu().numpy()))))
-    return Cut(*_cut(*_at_once(weights)))
+    if on_cpu or weights.dtype != torch.float32 or shape[1] <= SMALL:
+        cut = _one_by_one(weights.cpu().numpy())
+        return cut if on_cpu else Cut(*(part.to(weights.device) for part in vars(cut).values()))
+    return _at_once(weights)
 
 
-def _cut(vector: Array, numbers: Array) -> tuple[Array, Array, Array, Array]:
-    """The fields of Cut. vector: (B, N).  numbers: (B, 3) theta, gap, spread. numpy or torch."""
-    value, gap, spread = numbers[:, 0], numbers[:, 1], numbers[:, 2]
-    degenerate = value < COINCIDE
-    if vector.shape[1] > 2:  # of two patches there is one eigenvalue, which coincides with itself
-        degenerate = degenerate | (spread <= COINCIDE)
-    return vector * ~degenerate[:, None], (1 - value).clip(0, 2), gap, degenerate
-
-
-def _one_by_one(weights: Array) -> tuple[Array, Array]:
-    """Each image with its graph in the cache. weights: (B, N, N) numpy.  Returns vectors (B, N), numbers (B, 3)."""
-    vector = np.empty(weights.shape[:2], weights.dtype)
-    numbers = np.empty((len(weights), 3), weights.dtype)
+def _one_by_one(weights: Array) -> Cut:
+    """Each image with its graph in the cache. weights: (B, N, N) numpy."""
+    B, N, _ = weights.shape
+    vector, degenerate = np.empty((B, N), weights.dtype), np.empty(B, np.bool_)
+    eigenvalue, gap = np.empty(B, weights.dtype), np.empty(B, weights.dtype)
     for i, graph in enumerate(weights):
         found = _in_float32(graph) if graph.dtype == np.float32 else None
         found = _in_float64(graph.astype(np.float64)) if found is None else found
-        vector[i], numbers[i] = found.vector[0], (found.value, found.gap, found.spread)
-    return vector, numbers
+        theta, gap[i] = float(found.value[0]), found.gap[0]
+        degenerate[i] = no_cut = _coincide(theta, found.spread, N)
+        vector[i] = 0 if no_cut else found.vector
+        eigenvalue[i] = abs(1 - theta)  # exceeds 1 by rounding only
+    return Cut(*(torch.from_numpy(part) for part in (vector, eigenvalue, gap, degenerate)))
 
 
-def _at_once(weights: Tensor) -> tuple[Array, Array]:
+def _at_once(weights: Tensor) -> Cut:
     """A batch on its device; images that need more than float32 on the CPU. weights: (B, N, N) float32."""
     with exactly(weights):
         found = lanczos(weights)
-    vector, numbers = found.vector[:, 0], torch.stack([found.value, found.gap, found.spread], 1)
-    for i in (~found.sure & (found.spread > COINCIDE)).nonzero().flatten().tolist():
-        exact = _in_float64(weights[i].cpu().numpy().astype(np.float64))
-        vector[i] = torch.from_numpy(exact.vector[0]).to(vector)
-        numbers[i] = torch.tensor([float(x) for x in (exact.value, exact.gap, exact.spread)])
-    return vector, numbers
+    degenerate = _coincide(found.value, found.spread, weights.shape[1])  # (B, 1)
+    cut = Cut(found.vector.masked_fill(degenerate, 0), (1 - found.value[:, 0]).abs(), found.gap[:, 0], degenerate[:, 0])
+    for i in (~found.sure & ~degenerate)[:, 0].nonzero().flatten().tolist():
+        exact = _one_by_one(weights[i : i + 1].cpu().numpy().astype(np.float64))
+        for name, part in vars(cut).items():
+            part[i] = getattr(exact, name)[0].to(part)
+    return cut
+
+
+def _coincide(theta: Array, spread: Array, N: int) -> Array:
+    """Do all eigenvalues but the first coincide? Of two patches there is one, which prefers a cut unless it is 0."""
+    return (theta < COINCIDE) | ((spread <= COINCIDE) & (N > 2))
 
 
 def _in_float32(weights: Array) -> Ritz | None:
@@ -84,7 +87,7 @@ def _in_float32(weights: Array) -> Ritz | None:
     if len(weights) <= SMALL:
         return None
     found = lanczos(weights)
-    return found if found.sure or found.spread <= COINCIDE else None
+    return found if found.sure or _coincide(float(found.value[0]), found.spread, len(weights)) else None
 
 
 def _in_float64(weights: Array) -> Ritz:
@@ -95,5 +98,5 @@ def _in_float64(weights: Array) -> Ritz:
             return found
     r = weights.sum(-1) ** -0.5
     values, z = np.linalg.eigh(weights * r * r[:, None])
-    gap = values[-2] - values[-3] if len(values) > 2 else np.inf  # of two patches there is no other cut
-    return Ritz(values[-2], z[:, -2] * r[None], gap, values[-2] - values[0], np.True_)
+    gap = values[-2:-1] - values[-3:-2] if len(values) > 2 else np.array([np.inf])  # of two patches there is one cut
+    return Ritz(values[-2:-1], z[:, -2] * r, gap, float(values[-2] - values[0]), np.True_)
