@@ -54,7 +54,8 @@ class ScoreNet(nn.Module):
         if self.pool == "class":
             pooled = tokens[:, self.layout.class_index]
         else:
-            patches = tokens[:, self.layout.prefix :]
+            prefix = self.layout.prefix
+            patches = tokens[:, prefix:] if prefix else tokens  # a slice costs its backward two more passes
             if self.attend is None:
                 pooled = patches.mean(1)
             else:
