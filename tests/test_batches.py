@@ -191,3 +191,37 @@ def test_what_cannot_be_batched(options, message):
     given = {"images": pixels(), "config": CONFIG, "batch_size": 2, "train": True} | options
     with pytest.raises(ValueError, match=message):
         Batches(**given)
+
+
+def test_a_view_says_which_part_of_a_file_is_shown(photographs):
+    batches = Batches(photographs, CONFIG, 4, train=True, seed=3, flip=True)
+    flips = []
+    for batch in batches:
+        for i, x, box, flip in zip(batch.index.tolist(), batch.images, batch.view.boxes, batch.view.flip, strict=True):
+            image = decode(photographs.files[i])
+            sides = torch.tensor([image.width, image.height] * 2)
+            part = image.crop(tuple((box * sides).round().int().tolist())).resize((16, 16), Image.Resampling.BILINEAR)
+            again = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+            again = CONFIG.normalise((again.flip(-1) if flip else again)[None])[0]
+            assert torch.allclose(x, again, atol=1e-6)
+            flips.append(bool(flip))
+    assert {*flips} == {True, False}
+
+
+def test_a_view_says_which_part_of_the_pixels_is_shown():
+    ramp = torch.arange(64.0).expand(3, 64, 64)  # a pixel's value says where it lies
+    images = Images(
+        torch.zeros(5, dtype=torch.int64), ("a",), torch.stack([ramp, ramp.mT]).repeat(3, 1, 1, 1)[:5].byte()
+    )
+    for batch in Batches(images, ImageConfig(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3), 5, train=True, flip=True):
+        for i, x, box, flip in zip(batch.index.tolist(), batch.images, batch.view.boxes, batch.view.flip, strict=True):
+            x = x.flip(-1) if flip else x
+            low, high = (box[[0, 2]], box[[1, 3]])[i % 2] * 64
+            middle = (x[0] if i % 2 == 0 else x[0].mT)[0].mean() * 255
+            assert abs(float(middle) - float(low + high) / 2 + 0.5) < 0.51
+
+
+@pytest.mark.parametrize("options", [{"train": False}, {"train": True, "randaugment": True}])
+def test_no_view_where_no_box_says_what_is_shown(photographs, options):
+    for images in (photographs, pixels()):
+        assert next(iter(Batches(images, CONFIG, 2, **options))).view is None

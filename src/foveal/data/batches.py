@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 from foveal.data.config import ImageConfig
 from foveal.data.decode import decode
 from foveal.data.errors import DataError
-from foveal.data.framing import Augment, FileFrame, frame_pixels
+from foveal.data.framing import Augment, FileFrame, View, frame_pixels
 from foveal.data.images import Images
 from foveal.data.order import Micro, evaluation_plan, permutation, step_sizes, training_plan
+
+Framed = tuple[Tensor, Tensor]  # images uint8 (B, 3, h, w), views (B, 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +22,7 @@ class Batch:
     """images: (B, 3, h, w) float32, normalised.  labels: (B,) int64.  masks: (B, h, w) bool or None.
     index: (B,) int64 on the CPU, position in the set.  micro: number of the batch among all ranks' batches.
     weight: of this batch's mean in the mean over its step, n_m M / n_step; 1 in a full step.
+    view: which part of its image each sample shows; None in evaluation and with RandAugment.
     """
 
     images: Tensor
@@ -28,6 +31,7 @@ class Batch:
     masks: Tensor | None
     micro: int
     weight: float
+    view: View | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +83,7 @@ class Batches:
         self._steps = step_sizes(len(images), batch_size, world, accumulate) if train else []
         self._labels = images.labels.to(self.device)
         self._held: Images | None = None
-        self._loader: DataLoader[Tensor] | None = None
+        self._loader: DataLoader[Framed] | None = None
         self._turn = _Turn()
         if images.pixels is not None:
             masks = None if images.masks is None else images.masks.to(self.device)
@@ -119,8 +123,8 @@ class Batches:
         else:
             assert self._loader is not None
             self._turn.keys = [[(self.epoch, i) for i in m.index.tolist()] for m in plan]
-            framed = ((self._decoded(rows), None) for rows in self._loader)
-        for micro, (images, masks) in zip(plan, framed, strict=True):
+            framed = (self._decoded(rows) for rows in self._loader)
+        for micro, (images, masks, view) in zip(plan, framed, strict=True):
             yield Batch(
                 images=self.config.normalise(images),
                 labels=self._labels[micro.index.to(self.device)],
@@ -128,12 +132,16 @@ class Batches:
                 masks=masks,
                 micro=micro.micro,
                 weight=micro.weight,
+                view=view,
             )
 
-    def _decoded(self, rows: Tensor | DataError) -> Tensor:
+    def _decoded(self, rows: "Framed | DataError") -> tuple[Tensor, None, View | None]:
         if isinstance(rows, DataError):  # raised here: a worker's own traceback would bury the message
             raise rows
-        return rows.to(self.device, non_blocking=True)
+        images, views = rows
+        sheared = self.augment is None or self.augment.randaugment
+        view = None if sheared else View(views[:, :4], views[:, 4] > 0)
+        return images.to(self.device, non_blocking=True), None, view
 
 
 class _Turn:
@@ -149,19 +157,21 @@ class _Turn:
         return len(self.keys)
 
 
-class _Decoded(Dataset[Tensor]):
-    """Decoded and framed files, a batch at a time: uint8 (B, 3, h, w)."""
+class _Decoded(Dataset[Framed]):
+    """Decoded and framed files, a batch at a time: uint8 (B, 3, h, w) and views (B, 5)."""
 
     def __init__(self, images: Images, frame: FileFrame) -> None:
         assert images.files is not None
         self.files, self.frame = images.files, frame
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Tensor | DataError]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Framed | DataError]:
         try:
-            return [torch.stack([self.frame(decode(self.files[i]), epoch, i) for epoch, i in keys])]
+            framed = [self.frame(decode(self.files[i]), epoch, i) for epoch, i in keys]
+            images, views = zip(*framed, strict=True)
+            return [(torch.stack(images), torch.stack(views))]
         except DataError as error:
             return [error]
 
 
-def _first(rows: list[Tensor | DataError]) -> Tensor | DataError:
+def _first(rows: list[Framed | DataError]) -> Framed | DataError:
     return rows[0]

@@ -30,6 +30,18 @@ class Augment:
     randaugment: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class View:
+    """Which part of its image each training sample shows, so that a map of the whole image can follow it.
+
+    boxes: (B, 4) float32: left, top, right, bottom as shares of the upright image.  flip: (B,) bool: mirrored after
+    the crop.  On the CPU.
+    """
+
+    boxes: Tensor
+    flip: Tensor
+
+
 class FileFrame:
     """Frames one decoded file as uint8 (3, h, w); a training image's chance is keyed by epoch and index."""
 
@@ -48,26 +60,31 @@ class FileFrame:
             )
         else:
             mode = v2.InterpolationMode(config.interpolation)
-            steps = [v2.RandomResizedCrop(config.size, scale=augment.crop_scale, interpolation=mode)]
-            steps += [v2.RandomHorizontalFlip()] if augment.flip else []
-            steps += [v2.RandAugment()] if augment.randaugment else []
-            self.transform = v2.Compose(steps)
+            self.crop = v2.RandomResizedCrop(config.size, scale=augment.crop_scale, interpolation=mode)
+            self.transform = v2.RandAugment() if augment.randaugment else v2.Identity()
 
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """The framed image and its view: (5,) left, top, right, bottom as shares of the image, and 1 if mirrored."""
         if self.augment is None:
-            return torch.as_tensor(self.transform(image))
+            return torch.as_tensor(self.transform(image)), torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
         with seeded(self.augment.seed, "augment", epoch, index):
-            framed = self.transform(image)
-        return torch.from_numpy(np.array(framed)).permute(2, 0, 1).contiguous()
+            box = self.crop.make_params([image])
+            framed = self.crop.transform(image, box)
+            mirrored = self.augment.flip and bool(torch.rand(1) < 0.5)
+            framed = self.transform(v2.functional.horizontal_flip(framed) if mirrored else framed)
+        left, top, width, height = box["left"], box["top"], image.width, image.height
+        right, bottom = left + box["width"], top + box["height"]
+        view = torch.tensor([left / width, top / height, right / width, bottom / height, float(mirrored)])
+        return torch.from_numpy(np.array(framed)).permute(2, 0, 1).contiguous(), view
 
 
 def frame_pixels(
     images: Images, index: Tensor, config: ImageConfig, augment: Augment | None, epoch: int
-) -> tuple[Tensor, Tensor | None]:
-    """The samples at `index` in the model's frame, float (B, 3, h, w) in [0, 255], and masks, bool (B, h, w).
+) -> tuple[Tensor, Tensor | None, View | None]:
+    """The samples at `index` in the model's frame, float (B, 3, h, w) in [0, 255], masks, bool (B, h, w), and views.
 
     Everything happens on the device of images.pixels. A mask follows its image's crop and mirror; a pixel of
-    it is on the object if at least half of its area is. RandAugment also shears and turns: no masks then.
+    it is on the object if at least half of its area is. RandAugment also shears and turns: no masks or views then.
     """
     assert images.pixels is not None
     at = index.to(images.pixels.device)
@@ -75,7 +92,7 @@ def frame_pixels(
     masks = None if images.masks is None else images.masks[at, None] * x.new_full((), 255)
     if augment is None:
         x = resize(x, config.size, config.interpolation)
-        return x, None if masks is None else resize(masks, config.size, "bilinear")[:, 0] >= 127.5
+        return x, None if masks is None else resize(masks, config.size, "bilinear")[:, 0] >= 127.5, None
     crops = draw_crops(
         index.tolist(),
         (x.shape[-2], x.shape[-1]),
@@ -85,11 +102,13 @@ def frame_pixels(
         flip=augment.flip,
     )
     if augment.randaugment:
-        return _randaugment(crop_and_flip(x, crops, config.size), index, augment.seed, epoch), None
+        return _randaugment(crop_and_flip(x, crops, config.size), index, augment.seed, epoch), None, None
+    sides = torch.tensor([x.shape[-1], x.shape[-2]] * 2)
+    view = View(crops.boxes / sides, crops.flip)
     if masks is None:
-        return crop_and_flip(x, crops, config.size), None
+        return crop_and_flip(x, crops, config.size), None, view
     out = crop_and_flip(torch.cat([x, masks], 1), crops, config.size)  # one pass for both
-    return out[:, :3], out[:, 3] >= 127.5
+    return out[:, :3], out[:, 3] >= 127.5, view
 
 
 def resize(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
