@@ -35,12 +35,13 @@ def fake_run(
     memory: float | None = None,
     blend_in: int | None = None,
     gap: float = 0.25,
+    curriculum: dict[str, list[float]] | None = None,
     **settings: Any,
 ) -> Run:
     """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object.
 
-    memory: its peak in bytes.  gap: the most that a label is wrong.  blend_in: the seed in which its mixer has the turn
-    of Mixup.
+    memory: its peak in bytes.  gap: the most that a label is wrong.  curriculum: further columns of metrics.csv, one
+    value per epoch.  blend_in: the seed in which its mixer has the turn of Mixup.
     """
     rng, beside = (torch.Generator().manual_seed(key) for key in (seed, 1000 + seed))
     data = load(spec)
@@ -86,7 +87,7 @@ def fake_run(
         "image": asdict(ImageConfig(size=(32, 32))), "versions": {"python": "3.11", "torch": "2.11"},
     }  # fmt: skip
     _json(folder / "model.json", card)
-    _metrics(folder, epochs, rng)
+    _metrics(folder, epochs, rng, curriculum or {})
     images, labels = data.train.pixels[seed : seed + 8], data.train.labels[seed : seed + 8]
     own, weight = torch.eye(len(names))[labels], torch.rand(8, 1, generator=rng)
     targets, partners = weight * own + (1 - weight) * own.flip(0), labels.flip(0)
@@ -146,8 +147,9 @@ def _split(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
     return {"data": data.name, "notes": list(data.notes), "classes": list(names), "sets": told}
 
 
-def _metrics(folder: Path, epochs: int, rng: torch.Generator) -> None:
-    lines = ["epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_balanced_accuracy,seconds,images_per_second"]
+def _metrics(folder: Path, epochs: int, rng: torch.Generator, further: dict[str, list[float]]) -> None:
+    names = "epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_balanced_accuracy,seconds,images_per_second"
+    lines = [",".join([names, *further])]
     for epoch in range(1, epochs + 1):
         noise = 0.03 * torch.randn(4, generator=rng)
         done = 1 - 2.0 ** (-4 * epoch / epochs)
@@ -157,7 +159,10 @@ def _metrics(folder: Path, epochs: int, rng: torch.Generator) -> None:
             2 - 1.2 * done + noise[2],
             0.1 + 0.6 * done + noise[3],
         ]
-        lines.append(",".join(map(str, [epoch, 0.001, *(float(v) for v in values), float(values[-1]), 1.5, 900.0])))
+        more = [column[epoch - 1] for column in further.values()]
+        lines.append(
+            ",".join(map(str, [epoch, 0.001, *(float(v) for v in values), float(values[-1]), 1.5, 900.0, *more]))
+        )
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n", "utf-8")
 
 

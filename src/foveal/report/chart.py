@@ -27,11 +27,22 @@ class Line:
     thin: bool = False
 
 
-def curves(lines: Sequence[Line], *, label: str, unit: str, x_label: str = "epoch", height: int = 190) -> Markup:
-    """Lines over a common axis, NaN leaves a gap.  label: what a listener to the page hears."""
+def curves(
+    lines: Sequence[Line],
+    *,
+    label: str,
+    unit: str,
+    x_label: str = "epoch",
+    height: int = 190,
+    up: Scale | None = None,
+) -> Markup:
+    """Lines over a common axis, NaN leaves a gap.  label: what a listener to the page hears.
+
+    up: the vertical axis, shared with other charts; None: one that holds these lines.
+    """
     ys = [y for line in lines for y in line.ys]
     xs = [x for line in lines for x in line.xs]
-    up = scale(ys, 4, within=(0, 100) if unit == "%" else None)
+    up = up or scale(ys, 4, within=(0, 100) if unit == "%" else None)
     along = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, ())
     steps = [tick for tick in scale([along.low, along.high], 4).ticks if along.low <= tick <= along.high]
     marks = [_horizontal(up, tick, height, unit if tick == up.ticks[-1] else "") for tick in up.ticks]

@@ -15,6 +15,7 @@ from foveal.data import Data, Images
 from foveal.explain import save
 from foveal.report import classes, sections, tables, tiles, told
 from foveal.report.chosen import chosen
+from foveal.report.curriculum import curricula
 from foveal.report.gather import Arm, Subject, even_gaze, of_comparison, of_run, test_images
 from foveal.report.headline import headline
 from foveal.report.matrix import matrix
@@ -64,6 +65,7 @@ def render(subject: Subject, data: Data | None = None) -> str:
         "pictures": _pictures(subject, shown.arms, tests, missing),
         "looks": _looks(subject),
         "curves": sections.curves(subject, shown.arms),
+        "curricula": curricula(subject),
         "classes": classes.by_class(subject, shown.arms),
         "confusion": None if subject.others else classes.confusion(subject.first, subject.main_test),
         "matrix": mixed,

@@ -202,10 +202,10 @@ def curves(subject: Subject, arms: Sequence[Arm]) -> list[Panel]:
         for pair in _panels(arms):
             lines = []
             for arm in pair:
-                lines += _lines(arm, f"val_{column}", arm.kind, factor)
+                lines += lines_of(arm, f"val_{column}", arm.kind, factor)
             name = f"validation {title}"
             if not subject.others:
-                lines += _lines(pair[0], f"train_{column}", "base", factor)
+                lines += lines_of(pair[0], f"train_{column}", "base", factor)
                 name = title
             if lines:
                 drawn = chart.curves(lines, label=f"{name} by epoch", unit=unit)
@@ -248,7 +248,7 @@ def _panels(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
     return [(by_name[arm.base], arm) if arm.base in by_name else (arm,) for arm in arms if alone or arm.kind == "arm"]
 
 
-def _lines(arm: Arm, column: str, kind: str, factor: float) -> list[chart.Line]:
+def lines_of(arm: Arm, column: str, kind: str, factor: float) -> list[chart.Line]:
     """Thin lines of single runs and the mean over the epochs that all have."""
     series = []
     for run in arm.runs:
