@@ -8,7 +8,7 @@ from foveal.cli.flags import Parser
 from foveal.cli.train import declare, settings_of
 from foveal.train import Settings, SettingsError
 from foveal.train.names import unknown
-from foveal.train.settings import defaults, docs, hints
+from foveal.train.plain import defaults, docs, hints
 
 
 def parsed(words: list[str]) -> Settings:
@@ -51,8 +51,8 @@ def test_the_command_gives_the_settings_again(settings: Settings):
 
 
 def test_every_setting_has_a_line_that_explains_it():
-    assert docs().keys() == hints().keys() == defaults().keys()
-    assert all(doc and "\n" not in doc for doc in docs().values())
+    assert docs(Settings).keys() == hints(Settings).keys() == defaults(Settings).keys()
+    assert all(doc and "\n" not in doc for doc in docs(Settings).values())
 
 
 def test_flags_go_before_the_recipe_and_that_before_the_defaults(tmp_path: Path):

@@ -25,7 +25,7 @@ from typing import Any
 from foveal.cli.flags import add_settings, given_settings
 from foveal.train.arms import OWN, Arms, arms_of
 from foveal.train.errors import RunError, SettingsError
-from foveal.train.settings import read_yaml
+from foveal.train.plain import read_yaml
 
 LISTED = ("mix", "mix_args", "guide", "label_fraction", "seed", "out", "name")  # not as for foveal train
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 from foveal.train.errors import SettingsError
-from foveal.train.settings import defaults, docs, hints
+from foveal.train.plain import Plain, defaults, docs, hints
+from foveal.train.settings import Settings
 
 
 class UsageError(ValueError):
@@ -50,20 +51,23 @@ class Parser(argparse.ArgumentParser):
         return [name for action in found for name in action.choices]
 
 
-def add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+def add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), kind: type[Plain] = Settings) -> None:
     """A flag for each setting but `data` and those to leave out; only those given end up in the namespace."""
     group = parser.add_argument_group("settings (also the keys of a recipe)")
-    for name, hint in hints().items():
+    for name, hint in hints(kind).items():
         if name not in ("data", *leave_out):
             group.add_argument(
-                f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=_help(name), **_shape(name, hint)
+                f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=_help(name, kind), **_shape(name, hint)
             )
 
 
-def given_settings(values: argparse.Namespace, leave_out: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings that were given as flags, as Settings takes them; leave_out: as for `add_settings`."""
+def given_settings(
+    values: argparse.Namespace, leave_out: Sequence[str] = (), kind: type[Plain] = Settings
+) -> dict[str, Any]:
+    """The settings that were given as flags, as the settings take them; leave_out: as for `add_settings`."""
     given = vars(values)
-    return {name: _read(name, given[name]) for name in hints() if name in given and name not in ("data", *leave_out)}
+    known = {name: hint for name, hint in hints(kind).items() if name not in ("data", *leave_out)}
+    return {name: _read(name, given[name], hint) for name, hint in known.items() if name in given}
 
 
 def _shape(name: str, hint: Any) -> dict[str, Any]:
@@ -80,10 +84,10 @@ def _shape(name: str, hint: Any) -> dict[str, Any]:
     return {"metavar": "N" if int in kinds else "X" if float in kinds else name.split("_")[-1].upper()}
 
 
-def _help(name: str) -> str:
-    default = defaults()[name]
+def _help(name: str, kind: type[Plain]) -> str:
+    default = defaults(kind)[name]
     shown = "" if default in (None, {}) else f" (default: {_shown(default)})"
-    return f"{docs()[name]}{shown}".replace("%", "%%")
+    return f"{docs(kind)[name]}{shown}".replace("%", "%%")
 
 
 def _shown(value: Any) -> str:
@@ -92,11 +96,10 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _read(name: str, value: Any) -> Any:
-    """A flag's words as the value of the setting; Settings judges it."""
+def _read(name: str, value: Any, hint: Any) -> Any:
+    """A flag's words as the value of the setting; the settings judge it."""
     import yaml
 
-    hint = hints()[name]
     if isinstance(value, bool):
         return value
     if isinstance(value, list):

@@ -15,7 +15,8 @@ from typing import Any
 
 from foveal.cli.flags import add_settings, given_settings
 from foveal.train.errors import SettingsError
-from foveal.train.settings import Settings, read_yaml
+from foveal.train.plain import read_yaml
+from foveal.train.settings import Settings
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
