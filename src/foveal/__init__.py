@@ -43,6 +43,7 @@ ROOMS = (
     "maps",
     "mix",
     "models",
+    "pretrain",
     "report",
     "stats",
     "train",
