@@ -19,8 +19,8 @@ from torch import Tensor
 from foveal.maps import MapWarning
 from foveal.mix.guided import BLANK
 from foveal.train.files import sweep, write_weights
+from foveal.train.measured import Task
 from foveal.train.table import Row, Table
-from foveal.train.task import Classify, Validation
 
 Tell = Callable[[Row], None]
 
@@ -28,10 +28,10 @@ Tell = Callable[[Row], None]
 class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed for mypy here
     """Writes a run's folder while it trains. images: number of training images. tell: called with each epoch's row."""
 
-    def __init__(self, folder: Path, task: Classify, images: int, tell: Tell | None = None) -> None:
+    def __init__(self, folder: Path, task: Task, images: int, tell: Tell | None = None) -> None:
         self.folder, self.images, self.tell = folder, images, tell
         trained = tuple(f"train_{name}" for name in task.columns)
-        validated = ("val_loss", "val_accuracy", "val_balanced_accuracy")
+        validated = tuple(f"val_{name}" for name in task.validates)
         self.metrics = Table(
             folder / "metrics.csv", ("epoch", "lr", *trained, *validated, "seconds", "images_per_second")
         )
@@ -50,7 +50,7 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         """The weights of an epoch that was the best so far."""
         return self.folder / "checkpoints" / f"best-{epoch}.safetensors"
 
-    def on_train_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, task: Task) -> None:
         """Cut the tables back to the checkpoint (or begin them), open TensorBoard's file."""
         if not trainer.is_global_zero:
             return
@@ -62,22 +62,22 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
 
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done * task.steps + 1)
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+    def on_train_epoch_start(self, trainer: lightning.Trainer, task: Task) -> None:
         """Start the clock."""
         self.started = time.perf_counter()
 
-    def on_validation_start(self, trainer: lightning.Trainer, task: Classify) -> None:
+    def on_validation_start(self, trainer: lightning.Trainer, task: Task) -> None:
         """Training of this epoch ends here."""
         self.trained = time.perf_counter() - self.started
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, task: Classify) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, task: Task) -> None:
         """Write the epoch down, checkpoint last."""
         curve, scores, epoch = task.epoch_curve(), task.validated(), trainer.current_epoch + 1
-        better = (scores.accuracy, -scores.loss) > (task.best["accuracy"], -task.best["loss"])
+        better = task.is_better(scores)
         if trainer.is_global_zero:
             self._write_rows(task, epoch, curve, scores)
         if better:
-            task.best = {"epoch": epoch, "accuracy": scores.accuracy, "loss": scores.loss}
+            task.best = {"epoch": epoch} | scores
             if trainer.is_global_zero:
                 write_weights(self.best(epoch), task.weights())
         trainer.save_checkpoint(self.last)
@@ -88,11 +88,11 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
             if self.tell is not None and self.latest is not None:
                 self.tell(self.latest)
 
-    def on_exception(self, trainer: lightning.Trainer, task: Classify, exception: BaseException) -> None:
+    def on_exception(self, trainer: lightning.Trainer, task: Task, exception: BaseException) -> None:
         """Close TensorBoard's file."""
         self.close()
 
-    def on_fit_end(self, trainer: lightning.Trainer, task: Classify) -> None:
+    def on_fit_end(self, trainer: lightning.Trainer, task: Task) -> None:
         """Close TensorBoard's file."""
         self.close()
 
@@ -102,9 +102,9 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
             self.board.close()
             self.board = None
 
-    def _write_rows(self, task: Classify, epoch: int, curve: Tensor, scores: Validation) -> None:
+    def _write_rows(self, task: Task, epoch: int, curve: Tensor, scores: dict[str, float]) -> None:
         first = (epoch - 1) * task.steps
-        rates = [task.settings.lr * task.rate(first + step) for step in range(task.steps)]
+        rates = [task.lr * task.rate(first + step) for step in range(task.steps)]
         rows: list[Row] = [
             {
                 "epoch": epoch,
@@ -120,10 +120,8 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         mean = (curve.double().nan_to_num() * sizes).sum(0) / sizes.sum(0)
         row: Row = {"epoch": epoch, "lr": rates[-1]}
         row |= {f"train_{name}": _or_none(float(value)) for name, value in zip(task.columns, mean, strict=True)}
+        row |= {f"val_{name}": value for name, value in scores.items()}
         row |= {
-            "val_loss": scores.loss,
-            "val_accuracy": scores.accuracy,
-            "val_balanced_accuracy": scores.balanced_accuracy,
             "seconds": time.perf_counter() - self.started,
             "images_per_second": self.images / self.trained if self.trained > 0 else None,
         }
