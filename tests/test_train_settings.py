@@ -1,5 +1,6 @@
 """Settings: one word for argument, flag and recipe key, checked once, with errors that help."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,40 @@ def test_unknown_names_without_a_near_one_list_all():
 def test_recipes_are_settings_and_say_what_to_expect(recipe: Path):
     settings = Settings.from_yaml(recipe)
     assert settings.data
-    assert recipe.read_text().startswith("# ")
+    opening = recipe.read_text().partition("\ndata:")[0]
+    assert opening.startswith("# ")
+    assert re.search("Expected: |Should give", opening)
+    assert re.search("Time: |minute|hour", opening)
+    assert f"foveal train --config recipes/{recipe.name}" in opening
+
+
+TOKEN_RECIPES = [
+    recipe
+    for recipe in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    if "token_mix:" in recipe.read_text()
+]
+
+
+@pytest.mark.parametrize("recipe", TOKEN_RECIPES, ids=lambda p: p.stem)
+def test_token_mixing_of_recipes_fits_their_models(recipe: Path):
+    import timm
+    import torch
+
+    import foveal.models
+    from foveal.mix import MIXERS, TokenMixup, token_mixer
+
+    settings = Settings.from_yaml(recipe)
+    assert settings.model in (*foveal.models.NAMES, "vit_base_patch16_224.orig_in21k_ft_in1k")
+    with torch.device("meta"):  # sizes alone
+        model = timm.create_model(settings.model, **settings.model_args)
+        mixer = token_mixer(settings.token_mix, MIXERS[settings.mix](**settings.mix_args), **settings.token_mix_args)
+        assert isinstance(mixer, TokenMixup)
+        assert (mixer.learned(model, 10) is None) == (settings.token_mix == "vertical")
+    blocks = mixer.blocks(model)
+    if mixer.vertical is not None:
+        blocks.check_extend(blocks.position(mixer.vertical))
+        assert mixer.vertical > 0
+        assert 0 < mixer.kappa <= model.patch_embed.num_patches
 
 
 def test_the_guided_recipe_is_the_demo():
