@@ -13,7 +13,7 @@ from foveal.maps.attended import ClassAttention, ReceivedAttention
 from foveal.maps.cells import cells
 from foveal.maps.centre_surround import CentreSurround
 from foveal.maps.discover import DinoMass, Discovered, Lost, MaskCut, Objects, TokenCut
-from foveal.maps.errors import MapModelError, MapWarning
+from foveal.maps.errors import MapModelError, MapStoreError, MapWarning
 from foveal.maps.features import Features, classifier, features
 from foveal.maps.found import Found, Source, found, on_grid
 from foveal.maps.given import Given
@@ -23,6 +23,7 @@ from foveal.maps.label_biased import LabelBiased
 from foveal.maps.label_term import above, class_means, label_cosine
 from foveal.maps.make import make
 from foveal.maps.spectral import SpectralResidual
+from foveal.maps.store import MapStore, make_store
 from foveal.maps.topdown import TopDown, topdown_loss
 
 MAPS: dict[str, Callable[..., Any]] = {
@@ -56,6 +57,8 @@ __all__ = [
     "LabelBiased",
     "Lost",
     "MapModelError",
+    "MapStore",
+    "MapStoreError",
     "MapWarning",
     "MaskCut",
     "Objects",
@@ -74,6 +77,7 @@ __all__ = [
     "found",
     "label_cosine",
     "make",
+    "make_store",
     "on_grid",
     "topdown_loss",
 ]

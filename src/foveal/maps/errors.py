@@ -7,3 +7,7 @@ class MapModelError(ValueError):
 
 class MapWarning(UserWarning):
     """Maps that prefer no place: their images are treated as if every place counted alike."""
+
+
+class MapStoreError(ValueError):
+    """A store of maps cannot be made, filled or used; the message says what differs, is missing or is full."""
