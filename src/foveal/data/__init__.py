@@ -12,6 +12,7 @@ from foveal.data.images import Data, Images, concatenate
 from foveal.data.packs import read_pack
 from foveal.data.sources import SOURCES, load
 from foveal.data.subsets import subset
+from foveal.data.unlabelled import load_unlabelled
 
 __all__ = [
     "SOURCES",
@@ -27,6 +28,7 @@ __all__ = [
     "decode_tensor",
     "image_config",
     "load",
+    "load_unlabelled",
     "read_pack",
     "subset",
 ]

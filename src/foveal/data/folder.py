@@ -66,6 +66,23 @@ def load_folder(root: Path, seed: int = 0) -> Data:
     return complete(root.resolve().name, train, val, tests, seed, notes)
 
 
+def has_classes(root: Path) -> bool:
+    """Whether a folder is laid out for training with labels: split folders, or two class folders with images."""
+    if _roles(root):
+        return True
+    return sum(any(f.suffix.lower() in SUFFIXES for f in folder.rglob("*")) for folder in _folders(root)) > 1
+
+
+def gathered(root: Path, notes: list[str]) -> list[Path]:
+    """All readable images below a folder, in order, whatever the folders are called.
+
+    Those that cannot be read are left out, with a DataWarning and a note. Raises DataError for none, or too many bad.
+    """
+    scan = _scan(root.parent, [root])
+    _complain(scan, root, notes)
+    return [path for path in scan.images[root.name] if path not in scan.unreadable]
+
+
 @dataclass
 class _Scan:
     """What lies below a folder of class folders."""
@@ -107,10 +124,12 @@ def _class_level(folder: Path) -> Path:
     return inner[0] if len(inner) == 1 and inner[0].name.lower() in names else folder
 
 
-def _scan(folder: Path) -> _Scan:
-    scan = _Scan(folder)
-    scan.loose = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
-    for class_folder in _folders(folder):
+def _scan(folder: Path, only: list[Path] | None = None) -> _Scan:
+    """What lies in the class folders of a folder; only: these of its folders, whatever else is in it."""
+    scan = _Scan(folder if only is None else only[0])
+    if only is None:
+        scan.loose = [f for f in sorted(folder.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
+    for class_folder in _folders(folder) if only is None else only:
         paths = []
         for here, inner, files in os.walk(class_folder, followlinks=True):
             inner[:] = sorted(d for d in inner if not d.startswith((".", "__")))
