@@ -17,6 +17,7 @@ from foveal.pretrain.guided import (
     unit,
 )
 from foveal.pretrain.masking import Masking, mask_by_map, random_masking
+from foveal.pretrain.official import from_official, is_official
 from foveal.pretrain.optimise import mae_rate, parameter_groups, peak_rate
 from foveal.pretrain.patches import denormalise, normalise, patchify, unpatchify
 from foveal.pretrain.positions import sincos_table
@@ -28,7 +29,9 @@ __all__ = [
     "Masking",
     "Reconstruction",
     "denormalise",
+    "from_official",
     "guided_reconstruction",
+    "is_official",
     "mae_rate",
     "mask_by_map",
     "normalise",

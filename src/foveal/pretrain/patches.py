@@ -25,7 +25,7 @@ def patchify(images: Tensor, patch: int | tuple[int, int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int | tuple[int, int]) -> Tensor:
-    """The way back, bit for bit: (B, N, P) as (B, C, H, W). Raises ValueError where the patches do not fill the grid."""
+    """The way back, bit for bit: (B, N, P) as (B, C, H, W). Raises ValueError where patches do not fill the grid."""
     p, q = (patch, patch) if isinstance(patch, int) else patch
     (h, w), (B, N, P) = grid, patches.shape
     if h * w != N or P % (p * q):
