@@ -19,9 +19,12 @@ def test_all_images_below_a_folder(tmp_path):
     picture(tmp_path / "elsewhere.png")
     data = load_unlabelled(tmp_path / "photos", seed=1)
     assert (len(data.train), len(data.val), data.tests) == (17, 1, {})
-    assert data.classes == ("images",) and data.name == "photos"
+    assert data.classes == ("images",)
+    assert data.name == "photos"
     names = {*data.train.names, *data.val.names}
-    assert len(names) == 18 and "00.png" in names and "deep/er/01.png" in names
+    assert len(names) == 18
+    assert "00.png" in names
+    assert "deep/er/01.png" in names
     assert data.train.image(0).shape == (3, 12, 16)
     again, other = load_unlabelled(tmp_path / "photos", seed=1), load_unlabelled(tmp_path / "photos", seed=3)
     assert again.split() == data.split() != other.split()

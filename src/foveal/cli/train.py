@@ -11,12 +11,14 @@ Writes a folder: the model for timm, predictions, metrics and a report.
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from foveal.cli.flags import add_settings, given_settings
 from foveal.train.errors import SettingsError
-from foveal.train.plain import read_yaml
+from foveal.train.plain import Plain, read_yaml
 from foveal.train.settings import Settings
+
+Chosen = TypeVar("Chosen", bound=Plain)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def run(values: argparse.Namespace) -> int:
 
     warnings.simplefilter("ignore", DataWarning)  # the notes on the data, which are shown, have them
     done = fit(settings, resume=values.resume, overwrite=values.overwrite, progress=True)
-    if _is_first():
+    if is_first():
         print(_summary(done))
         if not values.no_report:
             _report(done)
@@ -51,7 +53,12 @@ def run(values: argparse.Namespace) -> int:
 
 def settings_of(values: argparse.Namespace) -> Settings:
     """Flags before the recipe before the defaults; or those of the run folder to resume, where that is given."""
-    given = given_settings(values)
+    return chosen_settings(values, Settings)
+
+
+def chosen_settings(values: argparse.Namespace, kind: type[Chosen]) -> Chosen:
+    """The settings of a command that trains, of the kind it takes; see settings_of."""
+    given = given_settings(values, kind=kind)
     folder = None if values.data is None else Path(values.data)
     if values.resume and folder is not None and (folder / "settings.yaml").is_file():
         if values.config:
@@ -59,16 +66,18 @@ def settings_of(values: argparse.Namespace) -> Settings:
         place = {"out": str(folder.resolve().parent), "name": folder.resolve().name}
         if Path(values.data).name == place["name"]:
             place["out"] = str(folder.parent)
-        return Settings.from_yaml(folder / "settings.yaml", **given, **place)
+        return kind.from_yaml(folder / "settings.yaml", **given, **place)
     recipe = read_yaml(values.config) if values.config else {}
     data = {} if values.data is None else {"data": values.data}
-    settings = Settings.from_dict(recipe | given | data)
-    if not settings.data:
-        raise SettingsError("no data given: foveal train DATA, a folder of class folders (see foveal train --help)")
+    settings = kind.from_dict(recipe | given | data)
+    if not settings.as_dict()["data"]:
+        raise SettingsError(
+            f"no data given: foveal {kind.COMMAND} DATA, a folder of images (see foveal {kind.COMMAND} --help)"
+        )
     return settings
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that speaks, of those that train together."""
     from lightning.pytorch.utilities import rank_zero_only
 

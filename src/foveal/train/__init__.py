@@ -7,29 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from foveal.train.errors import DivergedError, Interrupted, RunError, SettingsError
+from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.settings import Settings
 
 if TYPE_CHECKING:
     from foveal.train.comparing import compare
     from foveal.train.comparison import Comparison
     from foveal.train.fitting import fit
+    from foveal.train.pretraining import pretrain
     from foveal.train.run import Run
 
 __all__ = [
     "Comparison",
     "DivergedError",
     "Interrupted",
+    "PretrainSettings",
     "Run",
     "RunError",
     "Settings",
     "SettingsError",
     "compare",
     "fit",
+    "pretrain",
 ]
 
 _LATER = {  # these import torch, and some Lightning: seconds
     "fit": "fitting",
     "compare": "comparing",
+    "pretrain": "pretraining",
     "Comparison": "comparison",
     "Run": "run",
 }

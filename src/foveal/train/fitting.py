@@ -6,14 +6,9 @@ fit(settings, resume=True)    continues from the last finished epoch (or begins)
 
 import contextlib
 import json
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +16,14 @@ from safetensors.torch import load_file
 
 from foveal.attention import attach, supported
 from foveal.data import Data, DataWarning, load, subset
-from foveal.data.batches import Batch, Batches
+from foveal.data.batches import Batches
 from foveal.data.order import step_sizes
 from foveal.mix import MIXERS, TOKEN_MIXERS, TokenMixer, token_mixer
 from foveal.train import memory, outcome
 from foveal.train.errors import Interrupted, RunError, SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
+from foveal.train.loop import Epochs, train, workers_for
 from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.mapping import source_of
 from foveal.train.models import Built, build, resolve, write_model
@@ -155,11 +151,11 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
             checkpoint = record.last
         batches = _batches(settings, data, built, trainer)
         if show is not None and trainer.is_global_zero:
-            show.begin(settings, data, built, precision, device, checkpoint)
+            show.begin(data, built, _how(settings), f"{device} in {precision}", checkpoint)
         if supported(built.model):
             stack.enter_context(attach(built.model))
         stack.enter_context(quiet_lightning())
-        _train(trainer, task, batches, checkpoint)
+        train(trainer, task, batches, checkpoint)
     with contextlib.ExitStack() as stack:
         if trainer.is_global_zero:
             stack.enter_context(locked(folder))
@@ -167,13 +163,17 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
     return Run.load(folder)
 
 
-def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tuple["_Epochs", Batches]:
+def _how(settings: Settings) -> str:
+    return " + ".join(part for part in (settings.mix, settings.guide) if part != "none") or "plain"
+
+
+def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tuple[Epochs, Batches]:
     """Training and validation batches of this process."""
     device = trainer.strategy.root_device
     shared = {
         "rank": trainer.global_rank,
         "world": trainer.world_size,
-        "workers": _workers(settings, data),
+        "workers": workers_for(settings.workers, data),
         "device": device,
     }
     train = Batches(
@@ -188,40 +188,11 @@ def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tupl
         accumulate=settings.accumulate,
         **shared,
     )
-    return _Epochs(train, trainer), Batches(data.val, built.image, settings.batch_size, train=False, **shared)
-
-
-class _Epochs:
-    """Batches that ask the trainer which epoch it is each time they begin."""
-
-    def __init__(self, batches: Batches, trainer: Any) -> None:
-        self.batches, self.trainer = batches, trainer
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.batches.set_epoch(self.trainer.current_epoch)
-        yield from self.batches
-
-
-def _train(trainer: Any, task: Classify, batches: tuple[_Epochs, Batches], checkpoint: Path | None) -> None:
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(task, batches[0], batches[1], ckpt_path=checkpoint)
-    except SystemExit:  # how Lightning leaves after Ctrl-C or SIGTERM
-        if not trainer.interrupted:
-            raise
-        raise KeyboardInterrupt from None
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)  # Lightning leaves Ctrl-C switched off
+    return Epochs(train, trainer), Batches(data.val, built.image, settings.batch_size, train=False, **shared)
 
 
 def _finish(
-    settings: Settings, data: Data, built: Built, task: Classify, trainer: Any, precision: str, train: _Epochs
+    settings: Settings, data: Data, built: Built, task: Classify, trainer: Any, precision: str, train: Epochs
 ) -> None:
     """Take the best weights, write the model, test it, and close the run with results.json."""
     folder, device, first = settings.folder, trainer.strategy.root_device, trainer.is_global_zero
@@ -238,7 +209,7 @@ def _finish(
             world=trainer.world_size,
             batch_size=settings.batch_size,
             device=device,
-            workers=_workers(settings, data),
+            workers=workers_for(settings.workers, data),
         )
         if predictions is not None:
             gaps = outcome.label_gaps(built, images, task.mixer, settings, device) if first else None
@@ -274,9 +245,3 @@ def _finish(
     best.unlink(missing_ok=True)  # model.safetensors has the same weights
     if trainer.world_size > 1:
         trainer.strategy.barrier("results")
-
-
-def _workers(settings: Settings, data: Data) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    return 0 if data.train.pixels is not None else min(os.cpu_count() or 1, 8)

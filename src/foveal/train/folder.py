@@ -9,10 +9,13 @@ from pathlib import Path
 
 from foveal.train.errors import RunError
 from foveal.train.files import cannot_write, write_text
+from foveal.train.plain import read_yaml
+from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.settings import Settings
 
 OURS = (
     *("settings.yaml", "split.json", "metrics.csv", "steps.csv", "results.json", "report.html", "samples.npz"),
+    *("decoder.safetensors", "reconstructions.png", "evaluation.json"),
     *("model.json", "model.safetensors", "tensorboard", "checkpoints", "predictions", "explain"),
 )
 ELSEWHERE = ("device", "workers", "out", "name")  # may differ when a run is continued
@@ -24,7 +27,7 @@ def is_finished(folder: Path) -> bool:
     return (folder / "results.json").is_file()
 
 
-def prepare(settings: Settings, *, resume: bool, overwrite: bool) -> Path | None:
+def prepare(settings: Settings | PretrainSettings, *, resume: bool, overwrite: bool) -> Path | None:
     """Make the run's folder ready; the checkpoint to continue from, or None to begin.
 
     Raises RunError if there is a run already and neither resume nor overwrite is asked, if the settings are not
@@ -48,7 +51,7 @@ def prepare(settings: Settings, *, resume: bool, overwrite: bool) -> Path | None
         go_on = "" if is_finished(folder) else "continue it with --resume, "
         raise RunError(f"{folder} holds {state}: {go_on}replace it with --overwrite, or choose another --name")
     if there:
-        check_same(settings, Settings.from_yaml(folder / "settings.yaml"), folder)
+        check_same(settings, settings_in(folder), folder)
     try:
         for name in ("checkpoints", "predictions"):
             (folder / name).mkdir(exist_ok=True)
@@ -60,8 +63,16 @@ def prepare(settings: Settings, *, resume: bool, overwrite: bool) -> Path | None
     return checkpoint if checkpoint.is_file() else None
 
 
-def check_same(now: Settings, then: Settings, folder: Path) -> None:
+def settings_in(folder: Path) -> Settings | PretrainSettings:
+    """The settings of the run in a folder, of whichever command. Raises SettingsError where they cannot be read."""
+    values = read_yaml(folder / "settings.yaml")
+    return PretrainSettings.from_dict(values) if "mask_ratio" in values else Settings.from_dict(values)
+
+
+def check_same(now: Settings | PretrainSettings, then: Settings | PretrainSettings, folder: Path) -> None:
     """Raise RunError, naming the differences, unless `now` continues the training that `then` began."""
+    if type(now) is not type(then):
+        raise RunError(f"{folder} holds a run of foveal {then.COMMAND}: choose another name")
     one, other = now.as_dict(), then.as_dict()
     differ = [name for name in one if name not in (*ELSEWHERE, *SPREAD) and one[name] != other[name]]
     if now.devices * now.accumulate != then.devices * then.accumulate:

@@ -17,6 +17,7 @@ from foveal.data.config import ImageConfig
 from foveal.train.checkpoints import WholeCheckpoints
 from foveal.train.errors import SettingsError
 from foveal.train.precision import CHOICES
+from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.settings import Settings
 
 
@@ -37,7 +38,11 @@ def device_of(name: str) -> torch.device:
 
 
 def trainer_for(
-    settings: Settings, device: torch.device, precision: str, callbacks: list[Any], unused: bool
+    settings: Settings | PretrainSettings,
+    device: torch.device,
+    precision: str,
+    callbacks: list[Any],
+    unused: bool,
 ) -> lightning.Trainer:
     """A trainer that does the loop, the devices and the arithmetic; logs, progress and checkpoints are ours.
 

@@ -26,7 +26,7 @@ from foveal.data.batches import Batches
 from foveal.data.config import ImageConfig, image_config
 from foveal.maps import Found, Source
 from foveal.train.errors import SettingsError
-from foveal.train.models import Built, check_name
+from foveal.train.models import Built, check_name, pretrained
 from foveal.train.names import unknown
 from foveal.train.optimise import Average
 from foveal.train.settings import Settings
@@ -133,18 +133,30 @@ def _network(
         return built.model, built.image, None
     if which in ("ema", "frozen"):
         return copy.deepcopy(bare(built.model)).eval().requires_grad_(False), built.image, None
+    return network(which)
+
+
+def network(which: str) -> tuple[nn.Module, ImageConfig, Sequence[str] | None]:
+    """A frozen network by name, its image format, and the names of its classes where they are known.
+
+    which: a run folder, `demo` (the bundled encoder), or a timm model with its pretrained weights. Raises SettingsError
+    for a name that is neither, RunError for a run that has not finished and weights that cannot be had.
+    """
     if Path(which).is_dir():
         from foveal.train.run import Run
 
         run = Run.load(which)
         return run.model().requires_grad_(False), run.config, run.classes
-    import timm
+    if which == "demo":
+        from foveal.assets import demo_encoder
 
+        model = demo_encoder().eval().requires_grad_(False)
+        return model, image_config(model), None
     try:
         check_name(which)
     except SettingsError as error:
         raise SettingsError(f"map_model={which}: {error}, and no run folder; or use self, ema, frozen") from None
-    model = timm.create_model(which, pretrained=True).eval().requires_grad_(False)
+    model = pretrained(which, {}, "give a run folder or another timm model")[0].eval().requires_grad_(False)
     return model, image_config(model), None
 
 

@@ -25,10 +25,13 @@ from foveal.data.config import ImageConfig, image_config
 from foveal.train.errors import RunError, SettingsError
 from foveal.train.files import write_text, write_weights
 from foveal.train.names import unknown
+from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.settings import Settings
 from foveal.train.weights import load_weights
 
 DEMO = Path(__file__).parents[1] / "assets"  # the encoder that comes with foveal: model.safetensors, model.json
+
+FRESH = "give --init none to start from random weights, or --init FILE"
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,19 @@ class Built:
     origin: str
 
 
-def build(settings: Settings, classes: int) -> Built:
-    """The model that `settings` name, for `classes` classes, with its starting weights.
+def build(settings: Settings | PretrainSettings, classes: int) -> Built:
+    """The model that `settings` name, for `classes` classes (0: without classifier), with its starting weights.
 
     Raises SettingsError for an unknown model or argument, RunError where the weights cannot be had.
     """
     architecture, arguments = resolve(settings)
     arguments = arguments | {"num_classes": classes}
-    extra = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
+    drop_path = getattr(settings, "drop_path", 0.0)
+    extra = {"drop_path_rate": drop_path} if drop_path else {}
     demo = settings.init == "demo" or (settings.init == "pretrained" and settings.model == "demo")
     with seeded(settings.seed, "init"):
         if settings.init == "pretrained" and not demo:
-            model, origin = _pretrained(architecture, arguments | extra)
+            model, origin = pretrained(architecture, arguments | extra, FRESH)
         else:
             model, origin = _create(architecture, arguments | extra), "random weights"
     if demo:
@@ -70,7 +74,7 @@ def build(settings: Settings, classes: int) -> Built:
     return Built(model, architecture, arguments, image, origin)
 
 
-def resolve(settings: Settings) -> tuple[str, dict[str, Any]]:
+def resolve(settings: Settings | PretrainSettings) -> tuple[str, dict[str, Any]]:
     """timm's name and arguments of the model of `settings`, `demo` and image_size spelt out."""
     name, arguments = settings.model, dict(settings.model_args)
     if name == "demo":
@@ -146,8 +150,8 @@ def _create(architecture: str, arguments: dict[str, Any], pretrained: bool = Fal
     return model
 
 
-def _pretrained(architecture: str, arguments: dict[str, Any]) -> tuple[nn.Module, str]:
-    remedy = "give --init none to start from random weights, or --init FILE"
+def pretrained(architecture: str, arguments: dict[str, Any], remedy: str) -> tuple[nn.Module, str]:
+    """A timm model with its pretrained weights, and their name. Raises RunError, with the remedy, without them."""
     if ":" not in architecture and not timm.is_model_pretrained(architecture):
         raise RunError(f"timm has no pretrained weights for {architecture}: {remedy}")
     try:

@@ -29,7 +29,7 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
     """Writes a run's folder while it trains. images: number of training images. tell: called with each epoch's row."""
 
     def __init__(self, folder: Path, task: Task, images: int, tell: Tell | None = None) -> None:
-        self.folder, self.images, self.tell = folder, images, tell
+        self.folder, self.task, self.images, self.tell = folder, task, images, tell
         trained = tuple(f"train_{name}" for name in task.columns)
         validated = tuple(f"val_{name}" for name in task.validates)
         self.metrics = Table(

@@ -1,7 +1,7 @@
 """A run on disk: everything that one training left behind.
 
 settings.yaml  split.json  metrics.csv  steps.csv  tensorboard/  checkpoints/  samples.npz
-model.safetensors + model.json     timm's own architecture: loads with timm alone
+model.safetensors + model.json     timm's own architecture: loads with timm alone; of a pre-training the encoder
 predictions/<test set>.npz  results.json (written last: a run with it is finished)
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveal.train.errors import RunError
-from foveal.train.settings import Settings
 from foveal.train.table import Row, read_table
 
 if TYPE_CHECKING:
@@ -42,9 +41,11 @@ class Run:
         return cls(folder)
 
     @cached_property
-    def settings(self) -> Settings:
-        """The settings it was trained with."""
-        return Settings.from_yaml(self.folder / "settings.yaml")
+    def settings(self) -> Any:
+        """The settings it was trained with: Settings, or PretrainSettings of a pre-training."""
+        from foveal.train.folder import settings_in
+
+        return settings_in(self.folder)
 
     @cached_property
     def card(self) -> dict[str, Any]:
