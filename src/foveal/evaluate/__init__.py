@@ -7,6 +7,7 @@
 from foveal.evaluate.accuracy import balanced_accuracy, correct
 from foveal.evaluate.backgrounds import bg_gap
 from foveal.evaluate.calibration import expected_calibration_error
+from foveal.evaluate.features import Features, features
 from foveal.evaluate.inconsistency import (
     Inconsistency,
     Relation,
@@ -15,12 +16,15 @@ from foveal.evaluate.inconsistency import (
     relation,
     share_divergence,
 )
+from foveal.evaluate.knn import KNN, knn
 from foveal.evaluate.label_gaps import LabelGaps, label_gaps
 from foveal.evaluate.occlusion import Occlusion, occlude, occlusion
 from foveal.evaluate.pointing import coverage, energy_share
 from foveal.evaluate.predict import Predictions
 
 __all__ = [
+    "KNN",
+    "Features",
     "Inconsistency",
     "LabelGaps",
     "Occlusion",
@@ -32,7 +36,9 @@ __all__ = [
     "coverage",
     "energy_share",
     "expected_calibration_error",
+    "features",
     "inconsistency",
+    "knn",
     "label_gaps",
     "occlude",
     "occlusion",

@@ -23,10 +23,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Mean over the classes that occur in labels of their accuracy, in [0, 1]. Raises ValueError for none."""
+    return mean_over_classes(correct(logits, labels), labels)
+
+
+def mean_over_classes(right: Tensor, labels: Tensor) -> float:
+    """Mean over the classes that occur of the share that is right within each. right: (N,) bool."""
     some(labels)
-    right = correct(logits, labels).double()
     sizes = torch.bincount(labels)
-    sums = torch.zeros(len(sizes), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
+    sums = torch.zeros(len(sizes), dtype=torch.float64, device=labels.device).index_add_(0, labels, right.double())
     return float((sums / sizes)[sizes > 0].mean())
 
 
