@@ -2,11 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -23,11 +21,13 @@ from foveal.data.decode import Packed
 from foveal.data.errors import DataWarning
 from foveal.maps import Given, MapStore, MapStoreError, MapWarning, make_store
 from foveal.maps import store_files as files
+from foveal.maps.fitted import fitted
 from foveal.maps.found import found
 from foveal.maps.store import quantised
 from foveal.maps.store_key import describe, fingerprint
 from map_models import vit
 
+FORK = multiprocessing.get_context("fork")  # another process at once: importing torch anew takes seconds
 CONFIG = ImageConfig((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SETTINGS = {"map": "bright", "options": {}, "model": None}
 
@@ -88,10 +88,39 @@ def test_maps_are_normalised_then_resized_then_bytes():
     x = torch.rand(4, 7, 5, generator=torch.Generator().manual_seed(0))
     maps, blank = quantised(3 * x + 2, 30)
     low, high = (x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True))
-    wanted = interpolate(((x - low) / (high - low))[:, None], (30, 30), mode="bilinear", antialias=True)[:, 0]
+    wanted = fitted((x - low) / (high - low), 30)
     assert maps.dtype == torch.uint8
-    assert (maps.float() / 255 - wanted).abs().max() <= 0.5 / 255 + 1e-6
+    assert (maps.float() / 255 - wanted).abs().max() <= 0.5 / 255 + 1e-5
     assert not blank.any()
+
+
+@pytest.mark.parametrize(("size", "side"), [((14, 14), 20), ((7, 40), 12), ((50, 64), 16), ((1, 2), 3)])
+def test_no_other_map_is_nearer_when_read_bilinearly(size, side):
+    """Least squares: the difference is orthogonal to everything that the small grid can say."""
+    x = 0.3 + 0.4 * torch.rand(1, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = tuple(cells * -(-8 * side // cells) for cells in size)
+    fit = fitted(x, side)
+    assert ((fit > 0) & (fit < 1)).all()  # nothing was cut off
+
+    def read(map):
+        return interpolate(map[:, None], at, mode="bilinear")[:, 0]
+
+    fine = read(x)
+    unit = torch.eye(side * side, dtype=torch.float64).view(-1, side, side)
+    slope = (read(unit) * (read(fit) - fine)).sum((1, 2))
+    if min(size) > 1:  # a line of one value is exact
+        assert (read(fit) - fine).abs().max() > 1e-3
+    assert slope.abs().max() < 1e-10
+
+
+def test_background_and_peaks_stay_exactly_that():
+    x = torch.zeros(1, 64, 64)
+    x[0, 20:50, 10:40] = 1
+    fit, plain = fitted(x, 30), interpolate(x[:, None], (30, 30), mode="bilinear", antialias=True)[:, 0]
+    assert (fit[plain == 0] == 0).all()
+    assert (fit[plain == 1] == 1).all()
+    assert ((fit >= 0) & (fit <= 1)).all()
+    assert (plain == 0).sum() > 500
 
 
 def test_a_map_of_the_stores_side_is_only_rounded():
@@ -120,8 +149,10 @@ def test_any_float_type_and_range(dtype):
 
 def smooth_maps(n, size, seed):
     g = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 1, 7, 7, generator=g)
-    return interpolate(coarse, size, mode="bicubic", align_corners=False)[:, 0]
+    coarse = torch.rand(n, 1, 5, 5, generator=g)
+    x = interpolate(coarse, size, mode="bicubic", align_corners=False)[:, 0]
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    return (x - low) / (high - low)
 
 
 def stored(tmp_path, maps, side=30):
@@ -140,14 +171,14 @@ def stored(tmp_path, maps, side=30):
     return make(tmp_path / "store", images, Fixed(), side=side), images
 
 
-@pytest.mark.parametrize(("size", "patch"), [((224, 224), 16), ((192, 256), 16), ((64, 64), 8)])
-def test_sampling_is_close_to_the_exact_way(tmp_path, size, patch):
+@pytest.mark.parametrize("cells", [(14, 14), (12, 16), (28, 28), (30, 30), (56, 40), "input"])
+@pytest.mark.parametrize(("size", "patch"), [((224, 224), 16), ((192, 256), 16), ((240, 160), 20)])
+def test_sampling_is_close_to_the_exact_way(tmp_path, cells, size, patch):
     """Cut out the map as a picture, resize it to the input, mirror, average over patches."""
     n, (H, W) = 40, size
-    maps = smooth_maps(n, size, seed=0)
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    maps = (maps - low) / (high - low)
+    maps = smooth_maps(n, size if cells == "input" else cells, seed=0)
     store, _ = stored(tmp_path, maps)
+    maps = interpolate(maps[:, None], size, mode="bilinear", antialias=True)[:, 0]
     g = torch.Generator().manual_seed(1)
     boxes, flip, exact = [], torch.rand(n, generator=g) < 0.5, []
     for i in range(n):
@@ -394,44 +425,39 @@ def test_given_masks_are_the_images_own(tmp_path):
 # -- killed, damaged, full
 
 
-SCRIPT = """
-import os, sys, time
-sys.path[:0] = [{tests!r}]
-import test_map_store as t
-from pathlib import Path
+class Slow(Bright):
+    """Notes in a file how many images it was asked for."""
 
-class Slow(t.Bright):
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
     def __call__(self, images, labels=None, given=None):
         time.sleep(0.05)
-        with open(sys.argv[3], "a") as file:
+        with open(self.told, "a") as file:
             file.write("x" * len(images))
         return super().__call__(images)
 
-paths = sorted(Path(sys.argv[1]).glob("*.png"))
-t.make(sys.argv[2], t.of(paths), Slow(), batch_size=2, shard=4)
-"""
-
 
 def test_killed_and_run_again(tmp_path):
-    paths = write_images(tmp_path / "photos", 60, size=(8, 8))
-    told = tmp_path / "told"
-    words = [str(tmp_path / "photos"), str(tmp_path / "s"), str(told)]
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *words])
-    while len(list((tmp_path / "s").glob("maps-*.npy"))) < 3:
-        assert process.poll() is None, "it should have been slower"
+    images = of(write_images(tmp_path / "photos", 60, size=(8, 8)))
+    folder, told = tmp_path / "s", tmp_path / "told"
+    process = FORK.Process(target=make, args=(folder, images, Slow(told)), kwargs={"batch_size": 2, "shard": 4})
+    process.start()
+    while len(list(folder.glob("maps-*.npy"))) < 3:
+        assert process.is_alive(), "it should have been slower"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = int(MapStore.open(tmp_path / "s", of(paths), missing="weigh").found.sum())
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    kept = int(MapStore.open(folder, images, missing="weigh").found.sum())
     made = len(told.read_text())
     assert 12 <= kept <= made <= kept + 6 < 60
     source = Bright()
-    store = make(tmp_path / "s", of(paths), source)
+    store = make(folder, images, source)
     assert source.asked == 60 - kept
-    whole = make(tmp_path / "other", of(paths))
+    whole = make(tmp_path / "other", images)
     assert all(torch.equal(store.map(i), whole.map(i)) for i in range(60))
-    assert not list((tmp_path / "s").glob("*.partial*"))
+    assert not list(folder.glob("*.partial*"))
 
 
 def test_stopped_by_an_error_what_was_made_is_kept(tmp_path):
@@ -454,7 +480,8 @@ def test_stopped_by_an_error_what_was_made_is_kept(tmp_path):
 def test_a_damaged_shard_is_noticed_and_made_again(tmp_path, damage, monkeypatch):
     monkeypatch.setattr(files, "join", lambda *_: None)  # small shards stay small
     images = pixels(8)
-    before = make(tmp_path / "s", images, shard=2)
+    store = make(tmp_path / "s", images, shard=2)
+    before = [store.map(i) for i in range(8)]  # not through a file that is cut under the reader
     path = sorted((tmp_path / "s").glob("maps-*.npy"))[1]
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
@@ -465,7 +492,7 @@ def test_a_damaged_shard_is_noticed_and_made_again(tmp_path, damage, monkeypatch
     with pytest.warns(MapWarning, match="damaged, to be made again"):
         after = make(tmp_path / "s", images, source)
     assert source.asked == 2
-    assert all(torch.equal(after.map(i), before.map(i)) for i in range(8))
+    assert all(torch.equal(after.map(i), before[i]) for i in range(8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MapStore.open(tmp_path / "s", images)
@@ -557,26 +584,36 @@ def test_damage_of_a_rank_that_is_gone(tmp_path):
 
 
 def test_ranks_at_the_same_time(tmp_path):
-    paths = write_images(tmp_path / "photos", 12, size=(8, 8))
-    code = SCRIPT.format(tests=str(Path(__file__).parent)).replace("shard=4)", "rank=int(sys.argv[4]), world=2)")
-    words = [str(tmp_path / "photos"), str(tmp_path / "s"), str(tmp_path / "told")]
-    both = [subprocess.Popen([sys.executable, "-c", code, *words, str(rank)]) for rank in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    assert len((tmp_path / "told").read_text()) == 12
-    assert MapStore.open(tmp_path / "s", of(paths)).found.all()
+    images = pixels(12)
+    both = [
+        FORK.Process(target=make, args=(tmp_path / "s", images), kwargs={"rank": rank, "world": 2, "shard": 2})
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sum(len(s.records) for s in files.read_shards(tmp_path / "s")[0]) == 12
+    assert MapStore.open(tmp_path / "s", images).found.all()
+
+
+def hold(folder, ready):
+    with files.writing(folder, 0):
+        ready.set()
+        time.sleep(60)
 
 
 def test_a_second_process_of_the_same_rank_is_refused(tmp_path):
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    paths = write_images(tmp_path / "photos", 40, size=(8, 8))
-    words = [str(tmp_path / "photos"), str(tmp_path / "s"), str(tmp_path / "told")]
-    process = subprocess.Popen([sys.executable, "-c", code, *words])
-    while not list((tmp_path / "s").glob("maps-*.npy")):
-        time.sleep(0.01)
-    with pytest.raises(MapStoreError, match="another process"):
-        make(tmp_path / "s", of(paths))
+    ready = FORK.Event()
+    process = FORK.Process(target=hold, args=(tmp_path / "s", ready))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(MapStoreError, match="another process is writing maps"):
+        make(tmp_path / "s", pixels(2))
     process.kill()
-    process.wait()
+    process.join()
+    make(tmp_path / "s", pixels(2))  # the lock went with it
 
 
 # -- other settings, other images

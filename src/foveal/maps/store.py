@@ -2,7 +2,7 @@
 
     image, upright and whole  -> resized to the source's input -> the source's map M
     M -> (M - min M) / (max M - min M)     constant or not finite: 0, flagged blank
-      -> side x side, bilinear, antialiased -> round(255 M) as uint8
+      -> side x side, fitted to be read bilinearly (`fitted`) -> round(255 M) as uint8
 
 Each image is decoded once, by worker processes, while the source runs on the device. What is done is written down every
 few seconds: kill it at any time, run it again, and nothing is made twice that was written and nothing is lost.
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from foveal import __version__
 from foveal.data.config import ImageConfig
@@ -31,6 +30,7 @@ from foveal.data.errors import DataWarning, counted, listed
 from foveal.data.images import Images
 from foveal.maps import store_files as files
 from foveal.maps.errors import MapStoreError, MapWarning
+from foveal.maps.fitted import fitted
 from foveal.maps.found import Found, Source
 from foveal.maps.store_feed import Part, extras, feed
 from foveal.maps.store_files import BLANK, DEGENERATE, INVERTED, KEY_BYTES, LARGE
@@ -136,9 +136,7 @@ def quantised(map: Tensor, side: int) -> tuple[Tensor, Tensor]:
     low, high = x.flatten(1).aminmax(dim=1)
     blank = ~(high > low) | ~x.isfinite().flatten(1).all(1)
     x = ((x - low[:, None, None]) / (high - low)[:, None, None]).masked_fill(blank[:, None, None], 0).float()
-    if x.shape[1:] != (side, side):
-        x = interpolate(x[:, None], (side, side), mode="bilinear", antialias=True)[:, 0]
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8), blank
+    return (fitted(x, side) * 255).round().to(torch.uint8), blank
 
 
 def _maps(
