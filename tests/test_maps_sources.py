@@ -21,6 +21,7 @@ SOURCES = {
     "class_attention": lambda m: maps.ClassAttention(m),
     "received_attention": lambda m: maps.ReceivedAttention(m),
     "input_gradient": lambda m: maps.InputGradient(m),
+    "grad_cam": lambda m: maps.GradCAM(m),
 }
 OF_ANY_MODEL = ("head_cosine", "input_gradient")
 

@@ -17,6 +17,7 @@ from foveal.maps.errors import MapModelError, MapStoreError, MapWarning
 from foveal.maps.features import Features, classifier, features
 from foveal.maps.found import Found, Source, found, on_grid
 from foveal.maps.given import Given
+from foveal.maps.grad_cam import GradCAM
 from foveal.maps.gradient import InputGradient
 from foveal.maps.head_cosine import HeadCosine
 from foveal.maps.label_biased import LabelBiased
@@ -35,6 +36,7 @@ MAPS: dict[str, Callable[..., Any]] = {
     "centre_surround": CentreSurround,
     "spectral_residual": SpectralResidual,
     "input_gradient": InputGradient,
+    "grad_cam": GradCAM,
     "tokencut": TokenCut,
     "maskcut": MaskCut,
     "lost": Lost,
@@ -52,6 +54,7 @@ __all__ = [
     "Features",
     "Found",
     "Given",
+    "GradCAM",
     "HeadCosine",
     "InputGradient",
     "LabelBiased",

@@ -35,11 +35,12 @@ def fitted(map: Tensor, side: int) -> Tensor:
 def matrix(cells: int, side: int) -> Tensor:
     """From a line of `cells` values to the fitted `side` values: (side, cells) float64."""
     fine = cells * -(-FINE * side // cells)
-    return torch.linalg.pinv(_bilinear(side, fine)) @ _bilinear(cells, fine)
+    inverse: Tensor = torch.linalg.pinv(_bilinear(side, fine))
+    return inverse @ _bilinear(cells, fine)
 
 
 def _bilinear(cells: int, fine: int) -> Tensor:
     """(fine, cells) float64."""
     unit = torch.eye(cells, dtype=torch.float64)[:, None]  # a line with one 1, for each cell
-    lines = interpolate(unit, fine, mode="linear", align_corners=False)
+    lines: Tensor = interpolate(unit, fine, mode="linear", align_corners=False)
     return lines[:, 0].T.contiguous()
