@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from foveal.attention import UnsupportedModelError
 from foveal.data import Data, load_unlabelled
 from foveal.data.batches import Batches
 from foveal.data.order import step_sizes
@@ -115,6 +116,8 @@ def autoencoder_of(settings: PretrainSettings, built: Built) -> MaskedAutoencode
             settings.mask_ratio,
             settings.norm_pix_loss,
         )
+    except UnsupportedModelError:
+        raise
     except ValueError as error:
         raise SettingsError(str(error)) from None
     if settings.init == "none":
