@@ -363,6 +363,9 @@ def test_wrong_settings_and_inputs_say_what_fits():
         autoencoder(images.transpose(2, 3), noise)
     with pytest.raises(ValueError, match=r"give \(3, 6\)"):
         autoencoder(images, noise[:, :5])
+    autoencoder.encoder.set_input_size((16, 32))  # too late: the decoder has the places of the size it was built for
+    with pytest.raises(ValueError, match="before building it"):
+        autoencoder(torch.zeros(1, 3, 16, 32), torch.rand(1, 8))
 
 
 def test_learning_rate_is_maes():

@@ -51,6 +51,8 @@ class MaskedAutoencoder(nn.Module):
     average pooling puts `fc_norm` behind the pool) gets one here, `latent_norm`, that is dropped with the decoder.
     mask_ratio: share of patches to hide.  norm_pix_loss: predict patches of mean 0 and deviation 1.
 
+    image_size (H, W) and patch_size (p, q) in pixels, grid (h, w) are the encoder's when the autoencoder is built.
+
     The decoder starts with MAE's first weights; `initialise` also starts the encoder anew.
     Raises UnsupportedModelError for an encoder whose patches cannot be hidden, ValueError for other settings.
     """
@@ -68,14 +70,17 @@ class MaskedAutoencoder(nn.Module):
         check(encoder)
         self.encoder = cast(Any, encoder)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        (p, q), channels = self.patch_size, int(self.encoder.patch_embed.proj.in_channels)
-        N = self.grid[0] * self.grid[1]
+        embed = self.encoder.patch_embed
+        self.image_size, self.grid, self.patch_size = (
+            (int(size[0]), int(size[1])) for size in (embed.img_size, embed.grid_size, embed.patch_size)
+        )
+        (p, q), channels, N = self.patch_size, int(embed.proj.in_channels), self.grid[0] * self.grid[1]
         if kept(N, mask_ratio) == N:
             warnings.warn(f"mask_ratio={mask_ratio} removes none of {N} patches: the loss is 0", stacklevel=2)
         if norm_pix_loss and p * q * channels < 2:
             raise ValueError("norm_pix_loss needs patches of more than one number: a single one has no deviation")
         width, prefix = int(self.encoder.embed_dim), int(self.encoder.num_prefix_tokens)
-        like = self.encoder.patch_embed.proj.weight
+        like = embed.proj.weight
         with chance.seeded(0, "init"):  # torch fills new layers from the global generator
             self.decoder = Decoder(
                 width, self.grid, prefix, p * q * channels, decoder_width, decoder_depth, decoder_heads
@@ -89,18 +94,6 @@ class MaskedAutoencoder(nn.Module):
         for name, parameter in encoder.named_parameters():
             if name == "pos_embed" or name.partition(".")[0] in UNUSED:
                 parameter.requires_grad_(False)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the patches."""
-        h, w = self.encoder.patch_embed.grid_size
-        return int(h), int(w)
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """(p, q) pixels of a patch."""
-        p, q = self.encoder.patch_embed.patch_size
-        return int(p), int(q)
 
     def initialise(self, seed: int) -> None:
         """Start anew with MAE's first weights, in encoder and decoder, and its fixed position tables.
@@ -165,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
         return patchify(images.to(torch.promote_types(images.dtype, torch.float32)), self.patch_size)
 
     def _check(self, images: Tensor) -> None:
-        size = tuple(int(side) for side in self.encoder.patch_embed.img_size)
+        size = self.image_size
         if images.dim() != 4 or tuple(images.shape[2:]) != size:
             raise ValueError(
                 f"images {tuple(images.shape)}: this autoencoder was built for (B, C, {size[0]}, {size[1]}); "
