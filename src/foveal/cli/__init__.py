@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 # makes a small model's step ten times as long as soon as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from foveal.cli import compare, demo, explain, predict, pretrain, supported, train
+from foveal.cli import compare, demo, explain, maps, predict, pretrain, supported, train
 from foveal.cli.flags import Parser, UsageError
 
 COMMANDS = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "maps": maps,
     "pretrain": pretrain,
     "predict": predict,
     "explain": explain,
@@ -31,9 +32,10 @@ USAGE = {
     "demo": "foveal demo [--seeds N] [--out FOLDER] [--jobs N] [--again]",
     "train": "foveal train DATA [--config RECIPE] [--resume | --overwrite] [settings]",
     "compare": "foveal compare DATA [--mix MIX...] [--guide GUIDE...] [--label-fraction X...] [--seeds N] [settings]",
+    "maps": "foveal maps PHOTOS [--map MAP] [--model MODEL] [--masks FOLDER] [--out FOLDER] [settings]",
     "pretrain": "foveal pretrain DATA [--map MAP] [--config RECIPE] [--resume | --overwrite] [settings]",
     "predict": "foveal predict RUN IMAGES... [--top K] [--output FILE]",
-    "explain": "foveal explain RUN IMAGES... [--output FOLDER]",
+    "explain": "foveal explain RUN IMAGES... [--discover [METHOD]] [--output FOLDER]",
     "supported": "foveal supported MODEL",
 }
 

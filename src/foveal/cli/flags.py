@@ -105,13 +105,13 @@ def _read(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return [yaml.safe_load(word) for word in value]
     if typing.get_origin(hint) is dict:
-        return _pairs(name, value)
+        return pairs(name, value)
     if str in _kinds(hint) or typing.get_origin(hint) is Literal:
         return None if value == "null" and type(None) in _kinds(hint) else value
     return yaml.safe_load(value)
 
 
-def _pairs(name: str, text: str) -> dict[str, Any]:
+def pairs(name: str, text: str) -> dict[str, Any]:
     """`depth=4,num_heads=2`, or a mapping in YAML's or JSON's braces."""
     import yaml
 

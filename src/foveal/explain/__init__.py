@@ -1,5 +1,6 @@
 """Pictures of where a model looks: overlays, layers x heads, contact sheets."""
 
+from foveal.explain.discovered import discover, objects
 from foveal.explain.files import explain
 from foveal.explain.frames import Frames, frames
 from foveal.explain.grid import captioned, head_grid, sheet
@@ -12,10 +13,12 @@ __all__ = [
     "Frames",
     "Pictures",
     "captioned",
+    "discover",
     "enlarge",
     "explain",
     "frames",
     "head_grid",
+    "objects",
     "overlay",
     "pictures",
     "resize",

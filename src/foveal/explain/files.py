@@ -45,7 +45,7 @@ def explain(run: Trained, paths: Sequence[str | Path], out: str | Path) -> list[
     files = [Path(path) for path in paths]
     ready = [frames(Images(torch.zeros(1, dtype=torch.int64), classes, files=(file,)), config) for file in files]
     written: list[Path] = []
-    for name, frame in zip(_names(files), ready, strict=True):
+    for name, frame in zip(numbered(files), ready, strict=True):
         seen = pictures(model, frame.inputs)
         image, said = frame.pixels[0], prediction(seen.logits[0], classes)
         heads = seen.attention[-1].shape[1]
@@ -72,7 +72,7 @@ def _note(seen: Pictures) -> str:
     return f"{told[0].upper()}{told[1:]}. {scale}"
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def numbered(files: Sequence[Path]) -> list[str]:
     """A name for each file: its stem, numbered where another has it."""
     names: list[str] = []
     for file in files:

@@ -69,7 +69,12 @@ def head_grid(
 
 def captioned(pictures: Sequence[Pixels], caption: str, note: str = "") -> Figure:
     """Pictures in a row with a caption and a quieter note below."""
-    mosaic = sheet([list(pictures)])
+    return captioned_rows([list(pictures)], caption, note)
+
+
+def captioned_rows(rows: Sequence[Sequence[Pixels | None]], caption: str, note: str = "") -> Figure:
+    """The same of several rows, as `sheet` lays them out."""
+    mosaic = sheet(rows)
     below, last = _lines(caption, mosaic.shape[1], 11), _lines(note, mosaic.shape[1], 8)
     bottom = 14 + _tall(below, 11) + _tall(last, 8) + 14
     figure = _page(mosaic, left=MARGIN, top=MARGIN, bottom=bottom)
