@@ -17,7 +17,7 @@ def random_features(n, width=16, classes=5, seed=0, pull=0.4):
     """Clusters that overlap: accuracies between chance and 1."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=g)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    centres = torch.randn(8, width, generator=torch.Generator().manual_seed(99))
     return Features(
         pull * centres[labels] + torch.randn(n, width, generator=g), labels, classes=tuple("abcdefgh"[:classes])
     )
