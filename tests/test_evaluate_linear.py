@@ -212,7 +212,7 @@ def test_the_backbone_is_left_as_it_was():
     assert same(everything(model), before)
     assert probe.kind == "linear probe"
     assert probe.definition == "block 2 of 0-2, class token, after the final norm"
-    assert "40 images, 40 per step, seed 0, crops of 0.08-1, mirrored" in probe.recipe
+    assert "40 images per step, seed 0, crops of 0.08-1, mirrored" in probe.recipe
 
 
 def test_the_probe_on_images_hangs_on_the_seed_alone():
@@ -248,7 +248,7 @@ def test_bright_and_dark_are_told_apart_through_a_random_backbone():
 def test_a_remainder_of_one_image_is_no_step_of_its_own():
     train = some(9)
     probe = cached_linear_probe(train, some(6), some(6, seed=1), Recipe(base_lr=1.0, epochs=2, batch=8))
-    assert "9 images, 8 per step" in probe.recipe
+    assert "8 images per step" in probe.recipe
 
 
 def test_classes_by_name_and_classes_without_images():

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/mixing.md", "docs/token_mixing.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/mixing.md", "docs/token_mixing.md", "docs/evaluation.md"]
 BLOCKS = [
     (f"{name}:{number}", language, code)
     for name in DOCUMENTS

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 # makes a small model's step ten times as long as soon as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from foveal.cli import compare, demo, explain, maps, predict, pretrain, supported, train
+from foveal.cli import compare, demo, evaluate, explain, maps, predict, pretrain, supported, train
 from foveal.cli.flags import Parser, UsageError
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": compare,
     "maps": maps,
     "pretrain": pretrain,
+    "evaluate": evaluate,
     "predict": predict,
     "explain": explain,
     "supported": supported,
@@ -34,6 +35,7 @@ USAGE = {
     "compare": "foveal compare DATA [--mix MIX...] [--guide GUIDE...] [--label-fraction X...] [--seeds N] [settings]",
     "maps": "foveal maps PHOTOS [--map MAP] [--model MODEL] [--masks FOLDER] [--out FOLDER] [settings]",
     "pretrain": "foveal pretrain DATA [--map MAP] [--config RECIPE] [--resume | --overwrite] [settings]",
+    "evaluate": "foveal evaluate RUN [DATA] [--knn] [--linear] [--logistic] [--tokens T] [--block N...] [settings]",
     "predict": "foveal predict RUN IMAGES... [--top K] [--output FILE]",
     "explain": "foveal explain RUN IMAGES... [--discover [METHOD]] [--output FOLDER]",
     "supported": "foveal supported MODEL",

@@ -71,8 +71,8 @@ class Recipe:
     def told(self, n: int) -> str:
         """In words, for a set of n."""
         return (
-            f"BatchNorm without affine, LARS, {self.epochs} epochs with {self.warmup:g} of warm-up, {n:,} images,"
-            f" {self.images(n):,} per step, seed {self.seed}"
+            f"BatchNorm without affine, LARS, {self.epochs} epochs with {self.warmup:.3g} of warm-up,"
+            f" {self.images(n):,} images per step, seed {self.seed}"
         )
 
 

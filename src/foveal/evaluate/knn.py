@@ -88,7 +88,8 @@ def knn(
     BLOCK. Results do not depend on it.
     Raises ValueError for features that are not finite, of other widths or definitions, and settings that cannot be.
     """
-    _check(database, queries, k, temperature)
+    check_settings(k, temperature)
+    _check(database, queries)
     labels = matched(queries.labels, queries.classes, database.classes)
     per_class = torch.bincount(database.labels, minlength=len(database.classes))
     known = (labels >= 0) & (per_class[labels] > 0)
@@ -232,11 +233,15 @@ def _chunk(N: int, M: int) -> tuple[int, int]:
     return min(M, max(1, BLOCK // images)), images
 
 
-def _check(database: Features, queries: Features, k: Sequence[int], temperature: Sequence[float]) -> None:
+def check_settings(k: Sequence[int], temperature: Sequence[float]) -> None:
+    """Raise ValueError for settings that cannot be."""
     if not k or min(k) < 1:
         raise ValueError(f"k={tuple(k)}: give one or several numbers of neighbours, 1 or more")
     if not temperature or not min(temperature) > 0:
         raise ValueError(f"temperature={tuple(temperature)}: give one or several above 0")
+
+
+def _check(database: Features, queries: Features) -> None:
     if database.values.shape[1] != queries.values.shape[1]:
         raise ValueError(f"the database is {database.values.shape[1]} wide, the queries {queries.values.shape[1]}")
     told = {one.definition for one in (database, queries)} - {""}

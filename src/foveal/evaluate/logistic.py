@@ -36,8 +36,7 @@ def logistic_probe(
     Memory: the training features in float64.
     Raises ValueError for penalties that are not above 0, one class, or features that are not finite or of one kind.
     """
-    if not penalties or not min(penalties) > 0:
-        raise ValueError(f"penalties={tuple(penalties)}: give one or several above 0")
+    check_penalties(penalties)
     tests = named(test)
     check(train, tests | ({} if val is None else {"val": val}))
     fitted_on, chosen_on = train, "val"
@@ -54,7 +53,7 @@ def logistic_probe(
     return Probe(
         kind="logistic regression on cached features",
         definition=train.definition,
-        recipe=f"features of length 1, no intercept, {len(train):,} images, no augmentation",
+        recipe="features of length 1, no intercept, no augmentation",
         setting=f"penalty {penalties[best]:g}" + (f" of {tried}" if len(penalties) > 1 else ""),
         epoch=None,
         chosen_on=chosen_on,
@@ -65,6 +64,12 @@ def logistic_probe(
         },
         last={},
     )
+
+
+def check_penalties(penalties: Sequence[float]) -> None:
+    """Raise ValueError for penalties that cannot be."""
+    if not penalties or not min(penalties) > 0:
+        raise ValueError(f"penalties={tuple(penalties)}: give one or several above 0")
 
 
 def fit_logistic(values: Tensor, labels: Tensor, classes: int, penalty: float) -> Tensor:
