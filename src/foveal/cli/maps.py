@@ -109,7 +109,7 @@ def _summary(settings: MapSettings, made: Any, shown: Shown) -> str:
     found, total = int(store.found.sum()), len(store)
     lines = [f"maps   {settings.map} of {found:,} of {total:,} images in {store.folder}"]
     if shown.todo:
-        lines[0] += f"; {shown.done:,} made now, {shown.speed:,.1f} images/s"
+        lines[0] += f"; {shown.done - len(store.unreadable):,} made now, {shown.speed:,.1f} images/s"
     else:
         lines[0] += "; all were there" if found == total else "; nothing new to make"
     told = [
