@@ -1,10 +1,11 @@
 """What a step of masked pre-training costs: ours plain and guided, over MAE's step written down plainly.
 
-    python benchmarks/pretraining.py [--cases tiny small] [--rounds 15] [--device cuda] [--dtype bfloat16]
+    python benchmarks/pretraining.py [--cases bare tiny small] [--rounds 15] [--device cuda] [--dtype bfloat16]
                                      [--threads 1] [--clock cpu]
 
 Forward, loss, backward and an AdamW step at learning rate 0, so that every round does the same work, on random images:
-ViT-S/16 with MAE's decoder, and a tiny ViT with a tiny decoder, where what surrounds the blocks weighs most. The
+ViT-S/16 with MAE's decoder, and a tiny ViT with a tiny decoder, where what surrounds the blocks weighs more. `bare` is
+the ViT-S without any block, which are the same in all variants: what is left tells them apart on a busy machine. The
 written-down step has what MAE's has: a second argsort for the inverse permutation, mask tokens repeated and appended,
 three concatenations, and the loss read as a number. All variants share weights and batch; both plain ones give the same
 loss. Guided: the maps of the batch come from a map store (uint8, 30 x 30, memory-mapped) in a new crop and flip every
@@ -47,6 +48,7 @@ CASES = {  # name -> encoder, decoder (width, depth, heads), image side, batch
         224,
         16,
     ),
+    "bare": ({"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 0, "num_heads": 6}, (512, 0, 16), 224, 16),
 }
 
 
@@ -216,7 +218,7 @@ def spread(taken: list[float], base: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--batch", type=int, default=0, help="0: 128 for tiny, 16 for small")
+    parser.add_argument("--batch", type=int, default=0, help="0: 128 for tiny, 16 for the others")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
