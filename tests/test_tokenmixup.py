@@ -134,6 +134,7 @@ def assert_same_state(one, two):
 TWINS = {
     "horizontal": {"horizontal": 2},
     "horizontal at two blocks": {"horizontal": (1, 3)},
+    "horizontal at three blocks": {"horizontal": (0, 1, 3)},
     "at the first block": {"horizontal": 0},
     "some easy": {"horizontal": 1, "tau": "median"},
     "detached": {"horizontal": 2, "score_detached": True},

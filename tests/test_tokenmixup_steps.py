@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-from foveal.mix import MixupCutMix, TokenMixup, soft_cross_entropy, vertical
+from foveal.mix import MixupCutMix, TokenMixup, TransMix, label_rows, soft_cross_entropy, vertical
 from foveal.mix.horizontal import chosen
 from foveal.mix.scorenet import difficulty
 from foveal.mix.vertical import Memory
@@ -37,6 +37,21 @@ def test_labels_that_arrive_mixed(make, over):
     assert torch.allclose(losses["task"], soft_cross_entropy(slow, Y), atol=1e-6)  # label weights are float32
     assert torch.allclose(losses["scorenet"], 0.5 * score, atol=1e-6)
     assert any(mask.any() for mask in seen.values())
+
+
+def test_difficulty_by_provisional_labels_and_its_loss_by_final_ones():
+    """What weighs labels by the forward is not known when difficulty is judged, but is for the loss."""
+    model = vit()
+    images, labels = batch(model)
+    mixer = mixer_for(model, over=TransMix(mode="elem"), smoothing=0.1)
+    with mixer.on(model, images, labels, rng=rng(), num_classes=C) as step:
+        provisional = step._under.mixed.targets(labels, C, 0.1)
+        losses = step.losses(model(step.images), smoothing=0.1)
+    final = step.mixed.factors[0].mix(label_rows(labels, C, 0.1))
+    assert not torch.allclose(provisional, final, atol=1e-3)
+    logits = step._runs[0].logits
+    assert torch.allclose(step.exchanges[2].difficulty, difficulty(logits, provisional), atol=1e-6)
+    assert torch.allclose(losses["scorenet"], 0.5 * difficulty(logits, final).mean(), atol=1e-6)
 
 
 def test_an_increase_of_exactly_rho_is_not_enough():
