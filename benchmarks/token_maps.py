@@ -198,7 +198,7 @@ def main() -> None:
 def draw(path: Path, maps: dict[str, Tensor], pixels: Tensor, grid: tuple[int, int], count: int) -> None:
     """Image, and each way's map on it, a row per image."""
     rows: list[Any] = []
-    for i in range(min(count, len(pixels))):
+    for i in torch.linspace(0, len(pixels) - 1, count).round().long().tolist():
         rows.append(
             [
                 resize(pixels[i], SIDE),

@@ -93,8 +93,11 @@ def docs(kind: type[Plain]) -> dict[str, str]:
 
 
 def defaults(kind: type[Plain]) -> dict[str, Any]:
-    """Default of each setting."""
-    return dataclasses.asdict(kind())
+    """Default of each setting. Nothing is made or checked: that can take torch."""
+    return {
+        one.name: one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        for one in dataclasses.fields(kind)
+    }
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
