@@ -38,8 +38,9 @@ def run(values: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", DataWarning)  # what it says is told below
     console = Console(stderr=True, highlight=False)
     first = ranks()[0] == 0
+    shown = Shown(console if first else None, settings.map)
     try:
-        with Shown(console if first else None, settings.map) as shown:
+        with shown:
             made = make_maps(settings, shown)
     except KeyboardInterrupt:
         raise Interrupted(_how_to_go_on(settings, shown)) from None

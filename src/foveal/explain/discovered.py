@@ -1,6 +1,6 @@
 """Objects drawn over their image: each in a colour of its own, with its box.
 
-    pixel = 1/2 grey + 1/2 colour_k  on object k,  quiet elsewhere;   boxes are frames of the same colour
+    pixel = 0.4 image + 0.6 colour_k  on object k,  quiet elsewhere;   boxes are frames of the same colour
 
 The colours are told apart by colour-blind readers too (Okabe & Ito, 2008).
 
@@ -50,7 +50,7 @@ def objects(image: Tensor | Pixels, masks: Tensor, *, side: int | None = None) -
     on = [mask[rows][:, columns].numpy() for mask in masks]
     for k, here in enumerate(on):
         colour = np.array(COLOURS[k % len(COLOURS)], np.float32)
-        out = np.where(here[..., None], 0.5 * base + 0.5 * colour, out)
+        out = np.where(here[..., None], 0.4 * base + 0.6 * colour, out)
     thick = max(1, round(min(H, W) / 120))
     for k, (mask, box) in enumerate(zip(masks, boxes_of(masks).tolist(), strict=True)):
         if mask.any():
@@ -116,7 +116,7 @@ def drawn(image: Tensor, found: Found, i: int, name: str, method: str) -> Figure
     if (masks := masks_of(found, i)) is not None:
         pictures.append(objects(image, masks, side=SIDE))
     note = f"{name}. Middle: the map of {method}; colour begins where a place gets more than its even share. Right: "
-    note += "each object in its colour, with its box. Found without labels, in the features of the last block."
+    note += "each object in its colour, with its box. Found without labels, in what the model makes of the whole image."
     return captioned(pictures, f"{method}: {told(found, i)}", note)
 
 
