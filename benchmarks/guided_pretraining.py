@@ -66,7 +66,7 @@ def degraded(masks: Tensor, overlap: float, seed: int) -> Tensor:
     The part of the object furthest in a random direction is dropped, and as many background pixels nearest to a random
     place are put in: with a share f kept, intersection over union is f / (2 - f).
     """
-    N, H, W = masks.shape
+    _, H, W = masks.shape
     kept = 2 * overlap / (1 + overlap)
     y, x = torch.meshgrid(torch.arange(H).float(), torch.arange(W).float(), indexing="ij")
     out = torch.zeros_like(masks)
