@@ -9,7 +9,8 @@ Barron & Poole, 2016 (arXiv 1511.03296), with the settings of TokenCut: lambda =
 steps of conjugate gradients with the diagonal as preconditioner, from the mean of t in each cell.
 
 TokenCut's release then takes the second most frequent label, which is the background where the object is larger than
-it; here the largest piece. One image at a time, in float64 on the CPU.
+it; here the largest piece. One image at a time, in float64 on the CPU. MaskCut's other refinement, a dense CRF, is not
+offered: pydensecrf has not been released since 2018, and its fork pydensecrf2 has to be compiled.
 """
 
 from __future__ import annotations
