@@ -627,6 +627,7 @@ def test_ablations():
     random_pairs = run(mixer_for(model, tau=1.4, pairs="random"), model, images, labels)[1].exchanges[2]
     assert torch.equal(random_pairs.easy, plain.easy)
     assert len(set(random_pairs.partner[plain.easy].tolist())) == int(plain.easy.sum())
+    assert torch.equal(random_pairs.partner[~plain.easy], torch.arange(8)[~plain.easy])
     assert not torch.equal(random_pairs.partner, plain.partner)
     assert random_pairs.gain.sum() <= plain.gain.sum()
 

@@ -8,11 +8,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from foveal.train import SettingsError, fit
+from foveal.train import Run, SettingsError, fit
 from foveal.train.arms import arms_of
 from foveal.train.fitting import guide_of, load_data, mixer_of
 from foveal.train.models import build
-from training import TINY, tiny
+from test_train_processes import together, train
+from training import TINY, child, tiny
 
 EASY = {"horizontal": 1, "tau": 100.0, "rho": 0.0}  # every image is easy, every gain counts
 
@@ -49,6 +50,24 @@ def test_resuming_gives_the_same_run(tmp_path: Path):
     assert resumed.steps == whole.steps
     ours, theirs = resumed.model().state_dict(), whole.model().state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_mix_as_two_accumulation_steps(tmp_path: Path):
+    """Each process pairs the images of its own micro-batch, as each forward of an accumulated step does."""
+    common: dict[str, Any] = {"token_mix": "both", "token_mix_args": EASY | {"vertical": 1, "kappa": 2}, "epochs": 2}
+    common |= {"mix": "mixup+cutmix", "batch_size": 6, "drop_path": 0.1}
+    one, two = tiny(tmp_path / "one", **common, accumulate=2), tiny(tmp_path / "two", **common, devices=2)
+    alone = child(train, one)
+    assert together(two) == [0, 0]
+    alone.join()
+    a, b = Run.load(one.folder), Run.load(two.folder)
+    assert a.steps == b.steps
+    assert a.steps[0]["token_replaced"] > 0.0
+    assert a.steps[-1]["token_replaced"] == 0.0  # 50 images leave two, which are each alone in theirs
+    mine, theirs = load_file(a.folder / "model.safetensors"), load_file(b.folder / "model.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    score = [torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"] for run in (a, b)]
+    assert all(torch.equal(score[0][name], score[1][name]) for name in score[0] if name.startswith("mixing."))
 
 
 def test_a_guide_keeps_to_the_blocks_before(tmp_path: Path):
