@@ -534,6 +534,18 @@ def test_small_shards_are_joined(tmp_path):
     assert all(torch.equal(store.map(i), whole.map(i)) for i in range(9))
 
 
+def test_more_shards_than_can_be_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "join", lambda *_: None)
+    monkeypatch.setattr(files, "MAPPED", 2)
+    images = pixels(9)
+    store = make(tmp_path / "s", images, shard=2)
+    shards, _ = files.read_shards(tmp_path / "s")
+    assert [isinstance(shard.records, np.memmap) for shard in shards].count(True) == 2
+    assert len(shards) == 5
+    whole = make(tmp_path / "other", images)
+    assert all(torch.equal(store.map(i), whole.map(i)) for i in range(9))
+
+
 def test_joining_that_is_killed_loses_nothing(tmp_path, monkeypatch):
     images = pixels(6)
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # dies before it removes
@@ -550,6 +562,8 @@ def test_changed_images_leave_no_old_maps_behind(tmp_path):
         write_images(tmp_path / "photos", 4, seed=seed)
         store = make(tmp_path / "s", of(paths), source)
     assert source.asked == 12
+    assert len(MapStore.open(tmp_path / "s")) == 4
+    assert sum(len(shard.records) for shard in files.read_shards(tmp_path / "s")[0]) == 4
     assert all(torch.allclose(store.map(i), expected(of(paths), i), atol=2.1 / 255) for i in range(4))
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from foveal.maps.errors import MapStoreError
 BLANK, DEGENERATE, INVERTED = 1, 2, 4  # bits of a record's `flags`
 KEY_BYTES = 16
 LARGE = 32768  # records of a large shard; smaller ones of a run are joined at its end
+MAPPED = 256  # files that are memory-mapped; more there are only while a long job is not done, and those are read
 Records = NDArray[np.void]
 
 
@@ -37,7 +39,7 @@ class Shard:
     path: Path
     rank: int
     number: int
-    records: Records  # memory-mapped, read-only
+    records: Records  # memory-mapped and read-only, but for a few
 
 
 def record(where: int, side: int) -> np.dtype[np.void]:
@@ -111,25 +113,22 @@ def read_shards(folder: Path) -> tuple[list[Shard], list[Path]]:
 
 
 def _read_shards(folder: Path) -> tuple[list[Shard], list[Path]]:
-    whole, damaged = [], []
+    whole: list[Shard] = []
+    damaged: list[Path] = []
     for path in folder.glob("maps-*.npy"):
-        try:
-            _, rank, number, digest = path.stem.split("-")
-            with path.open("rb") as file:
-                if _digest(file.read()) != digest:
-                    raise ValueError(path)
-            whole.append(Shard(path, int(rank), int(number), np.load(path, mmap_mode="r")))
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError):
+        data = path.read_bytes()
+        parts = path.stem.split("-")
+        if len(parts) != 4 or _digest(data) != parts[3]:
             damaged.append(path)
+            continue
+        # each mapping holds a file open, of which a process may have about a thousand
+        records = np.load(path, mmap_mode="r") if len(whole) < MAPPED else np.load(BytesIO(data))
+        whole.append(Shard(path, int(parts[1]), int(parts[2]), records))
     return sorted(whole, key=lambda shard: (shard.number, shard.rank)), sorted(damaged)
 
 
 def write_shard(folder: Path, rank: int, number: int, records: Records) -> Path:
     """Put records into a shard of their own. Raises MapStoreError where the disk does not take it."""
-    from io import BytesIO
-
     buffer = BytesIO()
     np.save(buffer, records, allow_pickle=False)
     data = buffer.getvalue()
@@ -159,7 +158,8 @@ def join(folder: Path, rank: int, shards: Sequence[Shard], live: Sequence[NDArra
     written = {write_shard(folder, rank, number, records[i : i + LARGE]) for i in range(0, len(records), LARGE)}
     for shard, _ in small:
         if shard.path not in written:
-            shard.path.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows keeps a file that is mapped
+                shard.path.unlink(missing_ok=True)
 
 
 def remove_damaged(damaged: Sequence[Path], rank: int, world: int) -> None:

@@ -101,6 +101,7 @@ class Known:
         self.by_key: dict[bytes, int] = {}
         self.beside = beside
         self.sizes: set[int] = set()
+        self._pathless: set[int] = set()
         start = 0
         for shard in shards:
             records = shard.records
@@ -111,6 +112,8 @@ class Known:
                 at = slice(KEY_BYTES * i, KEY_BYTES * (i + 1))
                 if path:
                     self.by_where[path] = (start + i, sizes[i], times[i], extras[at])
+                else:
+                    self._pathless.add(start + i)
                 self.by_key[keys[at] + (extras[at] if beside else b"")] = start + i
             start += len(records)
         self.total = start
@@ -131,10 +134,10 @@ class Known:
         return self.by_key.get(key + (extra if self.beside else b""), -1)
 
     def live(self) -> NDArray[np.bool_]:
-        """Which positions an image can still lead to: (total,) bool."""
+        """Which positions are the latest of their path, or of their content where there is no path: (total,) bool."""
         live = np.zeros(self.total, bool)
         live[[held[0] for held in self.by_where.values()]] = True
-        live[list(self.by_key.values())] = True
+        live[[at for at in self.by_key.values() if at in self._pathless]] = True
         return live
 
 

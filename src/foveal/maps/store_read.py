@@ -135,7 +135,7 @@ class MapStore:
         maps = _send(self._bytes(at), device)[:, None].float() / 255
         cells: Tensor = roi_align(maps, _send(rois, device), grid, sampling_ratio=SAMPLES, aligned=True)[:, 0]
         if flip is not None:
-            cells = torch.where(_send(flip, device)[:, None, None], cells.flip(-1), cells)
+            cells = torch.where(_send(flip.bool(), device)[:, None, None], cells.flip(-1), cells)
         return cells, _send(missing, device)
 
     def _bytes(self, at: NDArray[np.int64]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from foveal import maps
 from foveal.data import ImageConfig, Images, image_config, read_pack
+from foveal.data.decode import SUFFIXES
 from foveal.data.folder import gathered
 from foveal.data.images import concatenate
 from foveal.data.sources import SOURCES, load
@@ -89,7 +90,7 @@ def images_of(settings: MapSettings, notes: list[str]) -> Images:
     """All images of the data: those below a folder, or every set of a data set that has a name."""
     path = Path(settings.data).expanduser()
     if settings.data.partition(":")[0] not in SOURCES and not settings.labels:
-        if path.is_dir() and not any(path.glob("*.npz")):
+        if path.is_dir() and not _is_packs(path):
             files = gathered(path, notes)
             names = tuple(file.relative_to(path).as_posix() for file in files)
             return Images(torch.zeros(len(files), dtype=torch.int64), ("images",), files=tuple(files), names=names)
@@ -101,6 +102,11 @@ def images_of(settings: MapSettings, notes: list[str]) -> Images:
     if not all(one.masks is not None for one in sets):
         sets = [replace(one, masks=None) for one in sets]
     return concatenate(sets)
+
+
+def _is_packs(folder: Path) -> bool:
+    """Whether a folder has .npz packs and no images beside them."""
+    return any(folder.glob("*.npz")) and not any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
 
 
 def source_of(settings: MapSettings, images: Images, device: torch.device) -> tuple[Source, ImageConfig]:
