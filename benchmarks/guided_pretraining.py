@@ -4,8 +4,10 @@
                                             [--digits 1] [--fine-tune 1.0 0.1] [--data SPEC] [--threads 1]
 
 Pre-trains the demo's architecture (width 64, depth 4, patch 4, 32 px) from random weights on scenes whose background
-names the class in 80 % of the images, without labels, then asks its frozen features: weighted k-NN (k chosen on
-validation scenes) and logistic regression, on scenes with the background of their class (same) and with any (rand).
+names the class in half of the images (and is any of them in the others), without labels, then asks its frozen features:
+weighted k-NN (k chosen on validation scenes) and logistic regression, on scenes with the background of their class
+(same) and with any (rand); the labelled images are those of the pre-training (misled) or as many with any background
+(clean).
 The control is the plain run of the same seed: same first weights, crops and hidden patches. --fine-tune also trains on
 these shares of the labels. Finished parts are kept in OUT, and called again it goes on.
 
@@ -38,6 +40,7 @@ from foveal import maps, stats
 from foveal.chance import generator
 from foveal.data import Data, Images, load
 from foveal.evaluate import features, knn, logistic_probe
+from foveal.evaluate.predict import predict
 from foveal.maps import Found, MapStore, make_store
 from foveal.maps.store import describe
 from foveal.pretrain import object_weights
@@ -110,6 +113,8 @@ class Study:
     def __init__(self, out: Path, data: str, epochs: int, seed_of_data: int = 0) -> None:
         self.out, self.spec, self.epochs = out, data, epochs
         self.data: Data = load(data, seed=seed_of_data, image_size=32)
+        clean = data.replace("shortcut=0.5", "shortcut=0")
+        self.clean: Data = load(clean, seed=seed_of_data, image_size=32)
 
     def settings(self, arm: str, seed: int) -> PretrainSettings:
         common: dict[str, Any] = {
@@ -189,22 +194,31 @@ class Study:
         return measured
 
     def frozen(self, run: Run) -> dict[str, Any]:
-        """Accuracies of k-NN and of logistic regression on the frozen features."""
+        """Accuracies of k-NN and of logistic regression on the frozen features, and attention on the object.
+
+        misled: the labelled images are those of the pre-training, whose background often names the class; clean: as
+        many whose background does not.
+        """
         model = run.model()
-        sets = {"train": self.data.train, "val": self.data.val, **self.data.tests}
         out: dict[str, Any] = {}
-        for tokens, norm in (("class", False), ("mean", False)):
-            held = {
-                name: features(model, images, run.config, tokens=tokens, norm=norm) for name, images in sets.items()
-            }
-            val = knn(held["train"], held["val"], K)
-            probe = logistic_probe(
-                held["train"], {n: held[n] for n in self.data.tests}, (1e-4, 1e-3, 1e-2), held["val"]
-            )
-            for name in self.data.tests:
-                found = knn(held["train"], held[name], (val.best[0],), (val.best[1],))
-                out[f"knn/{tokens}/{name}"] = found.accuracy[found.best]
-                out[f"logistic/{tokens}/{name}"] = probe.tests[name].accuracy
+        for name, images in self.data.tests.items():
+            mean = predict(model, images, run.config).mean_pointing
+            if mean is not None:
+                out[f"pointing/{name}"] = mean
+        for tokens in ("class", "mean"):
+            for kind, data in {"misled": self.data, "clean": self.clean}.items():
+                sets = {"train": data.train, "val": data.val, **data.tests}
+                held = {
+                    name: features(model, images, run.config, tokens=tokens, norm=False)
+                    for name, images in sets.items()
+                }
+                val = knn(held["train"], held["val"], K)
+                tests = {name: held[name] for name in (data.tests if kind == "misled" else ["mixed_rand"])}
+                probe = logistic_probe(held["train"], tests, (1e-4, 1e-3), held["val"])
+                for name, queries in tests.items():
+                    found = knn(held["train"], queries, (val.best[0],), (val.best[1],))
+                    out[f"knn/{kind}/{tokens}/{name}"] = found.accuracy[found.best]
+                    out[f"logistic/{kind}/{tokens}/{name}"] = probe.tests[name].accuracy
         return out
 
     def tuned(self, arm: str, seed: int, share: float) -> dict[str, float]:
@@ -233,7 +247,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     spec = options.data or (
-        f"scenes:shortcut=0.8,train={options.train},val=300,test=500,size=32,digits={options.digits}"
+        f"scenes:shortcut=0.5,train={options.train},val=300,test=1000,size=32,digits={options.digits}"
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
     print(f"foveal {foveal.__version__}; {spec}; {options.epochs} epochs, {options.seeds} seeds")

@@ -93,8 +93,10 @@ def test_maps_are_made_once_and_shared(tmp_path: Path):
     two = pretrain(small(tmp_path, map="given", epochs=1, name="two", temperature=2.0))
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == times
     assert one.results["maps"]["folder"] == two.results["maps"]["folder"] == str(folder)
-    named = pretrain(small(tmp_path, map="given", maps=str(folder), epochs=1, name="three"))
+    named = pretrain(small(tmp_path, maps=str(folder), epochs=1, name="three"))
     assert [row["loss"] for row in named.steps] == [row["loss"] for row in one.steps]
+    with pytest.raises(MapStoreError, match="map was given, now 'lost'|other settings"):
+        pretrain(small(tmp_path, map="lost", maps=str(folder), name="four"))
 
 
 def test_the_map_follows_the_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -251,8 +253,8 @@ def test_photographs_without_labels(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ({"map": "tokencat"}, "did you mean 'tokencut'"),
         ({"map": "tokencut", "map_args": {"thau": 1}}, "did you mean 'tau'"),
-        ({"maps": "somewhere"}, "need a map"),
-        ({"guide": "mask"}, "need a map"),
+        ({"map_args": {"tau": 1}}, "need a map"),
+        ({"guide": "mask"}, "needs a map"),
         ({"mask_ratio": 1.0}, "mask_ratio"),
         ({"temperature": 0.0}, "temperature"),
         ({"warmup_epochs": 3}, "warmup_epochs"),
@@ -272,7 +274,7 @@ def test_settings_that_cannot_be_meant(tmp_path: Path, changes, told):
         ({"data": "digits", "map": "given"}, SettingsError, "has no masks"),
         ({"map": "tokencut", "map_model": "vit_nothing"}, SettingsError, "vit_nothing"),
         ({"map": "tokencut", "map_model": "vit_small_patch16_224.dino"}, RunError, "map_model=vit_small"),
-        ({"map": "given", "maps": "nowhere"}, MapStoreError, "nowhere"),
+        ({"maps": "nowhere"}, MapStoreError, "nowhere"),
         ({"model": "swin_tiny_patch4_window7_224", "model_args": {}}, foveal.UnsupportedModelError, "windows"),
         ({"data": "nowhere/at/all"}, DataError, "there is no data set"),
     ],

@@ -2,7 +2,7 @@
 
   foveal pretrain PHOTOS/ --model vit_tiny_patch16_224        plain MAE
   foveal pretrain PHOTOS/ --map tokencut --map-model RUN      errors on objects cost more; maps of a network
-  foveal pretrain PHOTOS/ --map given --maps maps/            maps made before, by foveal maps
+  foveal pretrain PHOTOS/ --maps maps/                        maps made before, by foveal maps
   foveal pretrain --resume runs/NAME                          go on after a stop
   foveal train PHOTOS/ --model ... --init runs/NAME           fine-tune what came of it
   foveal evaluate runs/NAME PHOTOS/ --knn --linear            what its features are worth as they are

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,14 +27,15 @@ def store_of(settings: PretrainSettings, data: Data, device: torch.device, show:
 
     Raises SettingsError, RunError for a network that cannot be had, and foveal.maps.MapStoreError.
     """
-    if settings.map is None:
-        return None
     if settings.maps is not None:
-        wanted = {"map": settings.map} | ({"options": settings.map_args} if settings.map_args else {})
+        wanted = dict[str, Any]() if settings.map is None else {"map": settings.map}
+        wanted |= {"options": settings.map_args} if settings.map_args else {}
         store = MapStore.open(settings.maps, data.train, settings=wanted, missing="weigh")
         if not store.found.any():
             raise SettingsError(f"maps={settings.maps} has no map of any of the images of {data.name}")
         return store
+    if settings.map is None:
+        return None
     source, config, name, labels = source_of(settings, data, device)
     about = describe(settings.map, settings.map_args, source.model, name)
     digest = hashlib.sha256(json.dumps([about, vars(config), labels], sort_keys=True).encode()).hexdigest()[:8]
@@ -64,7 +66,7 @@ def source_of(
         if settings.map == "given" and data.train.masks is None:
             raise SettingsError(
                 f"map=given, but {data.name} has no masks: make maps of your own masks with foveal maps --map given"
-                " --masks FOLDER, and give them as maps"
+                " --masks FOLDER, and give their folder as maps"
             )
         from foveal.train.models import build
 

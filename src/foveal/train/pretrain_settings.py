@@ -34,7 +34,7 @@ class PretrainSettings(Plain):
     )
     map_args: dict[str, Any] = setting({}, "settings of the map, such as {variant: mask}")
     map_model: str = setting("vit_small_patch16_224.dino", "the network behind the map: a timm model or a run folder")
-    maps: str | None = setting(None, "a folder of maps made by foveal maps; null: made, and kept below out/maps")
+    maps: str | None = setting(None, "a folder that foveal maps made; null: maps are made, and kept below out/maps")
     guide: Literal["loss", "mask"] = setting(
         "loss", "what the map decides: the loss's weights, or (a control) which patches are hidden"
     )
@@ -95,8 +95,10 @@ class PretrainSettings(Plain):
             raise SettingsError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
         if self.map is not None:
             self._check_map()
-        elif self.map_args or self.maps or self.guide != "loss":
-            raise SettingsError("map_args, maps and guide=mask need a map: give map=tokencut, dino, given, ...")
+        elif self.map_args:
+            raise SettingsError("map_args need a map: give map=tokencut, dino, given, ...")
+        elif self.guide != "loss" and not self.guided:
+            raise SettingsError(f"guide={self.guide} needs a map: give map=tokencut, dino, given, ..., or maps=FOLDER")
 
     def _check_map(self) -> None:
         import inspect
@@ -111,6 +113,11 @@ class PretrainSettings(Plain):
                 raise SettingsError(unknown(f"setting of map {self.map}", option, known))
 
     @property
+    def guided(self) -> bool:
+        """Whether there are maps to follow."""
+        return self.map is not None or self.maps is not None
+
+    @property
     def folder(self) -> Path:
         """Where the run is kept: out/name."""
         return Path(self.out) / (self.name or self.default_name())
@@ -118,6 +125,6 @@ class PretrainSettings(Plain):
     def default_name(self) -> str:
         """A folder name from what one compares: data, model, map, seed."""
         data = Path(self.data.rstrip("/")).name or "data"
-        ways = [] if self.map is None else [self.map]
+        ways = [self.map or "maps"] if self.guided else []
         used = [data, self.model, "mae", *ways, f"seed{self.seed}"]
         return "-".join("".join(c if c.isalnum() or c in "._+=" else "_" for c in part) for part in used)

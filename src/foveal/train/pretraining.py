@@ -76,7 +76,7 @@ def _pretrain(settings: PretrainSettings, resume: bool, overwrite: bool, progres
     count, nodes = processes(settings.devices)
     parts = count * nodes * settings.accumulate
     sizes = step_sizes(len(data.train), settings.batch_size, count * nodes, settings.accumulate)
-    task = Pretrain(autoencoder, settings, store=None, guided=settings.map is not None, sizes=sizes, parts=parts)
+    task = Pretrain(autoencoder, settings, store=None, guided=settings.guided, sizes=sizes, parts=parts)
     record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)
     show = Show(record) if progress is True else None
     with quiet_lightning():
@@ -126,11 +126,12 @@ def autoencoder_of(settings: PretrainSettings, built: Built) -> MaskedAutoencode
 
 
 def _how(settings: PretrainSettings) -> str:
-    if settings.map is None:
+    if not settings.guided:
         return "masked autoencoder"
+    named = settings.map or settings.maps
     if settings.guide == "mask":
-        return f"masked autoencoder, patches hidden by {settings.map}"
-    return f"masked autoencoder, errors weighted by {settings.map} (tau {settings.temperature:g})"
+        return f"masked autoencoder, patches hidden by {named}"
+    return f"masked autoencoder, errors weighted by {named} (tau {settings.temperature:g})"
 
 
 def _batches(settings: PretrainSettings, data: Data, built: Built, trainer: Any) -> tuple[Epochs, Batches]:
