@@ -39,8 +39,8 @@ import foveal
 from foveal import maps, stats
 from foveal.chance import generator
 from foveal.data import Data, Images, load
-from foveal.evaluate import features, knn, logistic_probe
-from foveal.evaluate.predict import predict
+from foveal.data.batches import Batches
+from foveal.evaluate import energy_share, features, knn, logistic_probe
 from foveal.maps import Found, MapStore, make_store
 from foveal.maps.store import describe
 from foveal.pretrain import object_weights
@@ -201,10 +201,12 @@ class Study:
         """
         model = run.model()
         out: dict[str, Any] = {}
+        source = maps.make("class_attention", model, config=run.config)
         for name, images in self.data.tests.items():
-            mean = predict(model, images, run.config).mean_pointing
-            if mean is not None:
-                out[f"pointing/{name}"] = mean
+            if images.masks is not None:
+                batches = Batches(images, run.config, 100, train=False)
+                shares = [energy_share(source(batch.images).map, batch.masks) for batch in batches]
+                out[f"pointing/{name}"] = float(torch.cat(shares).nanmean())
         for tokens in ("class", "mean"):
             for kind, data in {"misled": self.data, "clean": self.clean}.items():
                 sets = {"train": data.train, "val": data.val, **data.tests}

@@ -95,7 +95,7 @@ def test_maps_are_made_once_and_shared(tmp_path: Path):
     assert one.results["maps"]["folder"] == two.results["maps"]["folder"] == str(folder)
     named = pretrain(small(tmp_path, maps=str(folder), epochs=1, name="three"))
     assert [row["loss"] for row in named.steps] == [row["loss"] for row in one.steps]
-    with pytest.raises(MapStoreError, match="map was given, now 'lost'|other settings"):
+    with pytest.raises(MapStoreError, match="other settings"):
         pretrain(small(tmp_path, map="lost", maps=str(folder), name="four"))
 
 
