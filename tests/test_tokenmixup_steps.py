@@ -7,11 +7,13 @@ import pytest
 import torch
 import torchvision
 
+import foveal
 from foveal.mix import MixupCutMix, TokenMixup, TransMix, label_rows, soft_cross_entropy, vertical
 from foveal.mix.horizontal import chosen
 from foveal.mix.scorenet import difficulty
 from foveal.mix.vertical import Memory
 from slow_tokenmixup import forward
+from test_attention_families import GLOBAL, build, images_of
 from test_tokenmixup import MODELS, C, batch, cct, every_model, mixer_for, rng, run, scores_of, vit
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -162,3 +164,18 @@ def test_two_blocks_draw_for_themselves():
     images, labels = batch(model)
     step = run(mixer_for(model, horizontal=(1, 2), saliency="random"), model, images, labels)[1]
     assert not torch.equal(step.exchanges[1].saliency, step.exchanges[2].saliency)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("vit_small_patch16_dinov3", "rotary"), ("beit_base_patch16_224", "relative position bias")]
+)
+def test_models_with_relative_positions_mix_horizontally_only(name, why):
+    sizes, size = GLOBAL[name]
+    model = build(name, dtype=torch.float32, **{**sizes, "num_classes": C}).train()
+    images, labels = images_of(size, torch.float32, 4), torch.tensor([0, 1, 2, 3])
+    step = run(mixer_for(model, horizontal=1, tau=100.0, rho=0.0), model, images, labels, backward=True)[1]
+    assert step.exchanges[1].replaced.any()
+    with pytest.raises(ValueError, match=f"rollout=1.*{why}.*use 0"):
+        run(mixer_for(model, horizontal=0, rollout=1), model, images, labels)
+    with pytest.raises(foveal.UnsupportedModelError, match=f"{why}.*horizontal mixing works here"):
+        run(mixer_for(model, horizontal=None, vertical=1), model, images, labels)
