@@ -1,7 +1,8 @@
 """Does guidance help masked pre-training? Small encoders on scenes with a misleading background, every source of maps.
 
     python benchmarks/guided_pretraining.py OUT [--arms plain given ...] [--seeds 3] [--epochs 40] [--train 2000]
-                                            [--digits 1] [--fine-tune 1.0 0.1] [--data SPEC] [--threads 1]
+                                            [--digits 1] [--fine-tune 1.0 0.1] [--threads 1]
+                                            [--data SPEC --size 64 --also SPEC]
 
 Pre-trains the demo's architecture (width 64, depth 4, patch 4, 32 px) from random weights on scenes whose background
 names the class in half of the images (and is any of them in the others), without labels, then asks its frozen features:
@@ -110,17 +111,28 @@ def quality(store: MapStore, images: Images, temperature: float) -> dict[str, fl
 class Study:
     """All runs of one data set below a folder."""
 
-    def __init__(self, out: Path, data: str, epochs: int, seed_of_data: int = 0) -> None:
-        self.out, self.spec, self.epochs = out, data, epochs
-        self.data: Data = load(data, seed=seed_of_data, image_size=32)
-        clean = data.replace("shortcut=0.5", "shortcut=0")
-        self.clean: Data = load(clean, seed=seed_of_data, image_size=32)
+    def __init__(self, out: Path, data: str, epochs: int, size: int = 32, also: str = "") -> None:
+        self.out, self.spec, self.epochs, self.size = out, data, epochs, size
+        self.data: Data = load(data, image_size=size)
+        self.asked: dict[str, tuple[Data, list[str]]] = {"": (self.data, list(self.data.tests))}
+        if "shortcut=0.5" in data:
+            clean = load(data.replace("shortcut=0.5", "shortcut=0"), image_size=size)
+            self.asked = {"misled/": (self.data, list(self.data.tests)), "clean/": (clean, ["mixed_rand"])}
+        if also:
+            other = load(also, image_size=size)
+            self.asked[f"{Path(also).name}/"] = (other, list(other.tests))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the demo's architecture, for 8 x 8 patches on images of another size."""
+        return {} if self.size == 32 else {"patch_size": self.size // 8}
 
     def settings(self, arm: str, seed: int) -> PretrainSettings:
         common: dict[str, Any] = {
             "data": self.spec,
             "model": "demo",
-            "image_size": 32,
+            "model_args": self.arguments,
+            "image_size": self.size,
             "init": "none",
             "decoder_width": 48,
             "decoder_depth": 1,
@@ -156,7 +168,7 @@ class Study:
     def supervised(self, seed: int) -> Path:
         """A run on the labels of the same scenes: what Grad-CAM explains."""
         settings = Settings(
-            data=self.spec, model="demo", image_size=32, init="none", epochs=20, batch_size=50, lr=1e-3,
+            data=self.spec, model="demo", model_args=self.arguments, image_size=self.size, init="none", epochs=20, batch_size=50, lr=1e-3,
             layer_decay=1.0, device="cpu", precision="float32", workers=0, seed=seed, out=str(self.out),
             name=f"supervised-seed{seed}",
         )  # fmt: skip
@@ -208,25 +220,24 @@ class Study:
                 shares = [energy_share(source(batch.images).map, batch.masks) for batch in batches]
                 out[f"pointing/{name}"] = float(torch.cat(shares).nanmean())
         for tokens in ("class", "mean"):
-            for kind, data in {"misled": self.data, "clean": self.clean}.items():
-                sets = {"train": data.train, "val": data.val, **data.tests}
+            for kind, (data, names) in self.asked.items():
+                sets = {"train": data.train, "val": data.val, **{name: data.tests[name] for name in names}}
                 held = {
                     name: features(model, images, run.config, tokens=tokens, norm=False)
                     for name, images in sets.items()
                 }
                 val = knn(held["train"], held["val"], K)
-                tests = {name: held[name] for name in (data.tests if kind == "misled" else ["mixed_rand"])}
-                probe = logistic_probe(held["train"], tests, (1e-4, 1e-3), held["val"])
-                for name, queries in tests.items():
-                    found = knn(held["train"], queries, (val.best[0],), (val.best[1],))
-                    out[f"knn/{kind}/{tokens}/{name}"] = found.accuracy[found.best]
-                    out[f"logistic/{kind}/{tokens}/{name}"] = probe.tests[name].accuracy
+                probe = logistic_probe(held["train"], {name: held[name] for name in names}, (1e-4, 1e-3), held["val"])
+                for name in names:
+                    found = knn(held["train"], held[name], (val.best[0],), (val.best[1],))
+                    out[f"knn/{kind}{tokens}/{name}"] = found.accuracy[found.best]
+                    out[f"logistic/{kind}{tokens}/{name}"] = probe.tests[name].accuracy
         return out
 
     def tuned(self, arm: str, seed: int, share: float) -> dict[str, float]:
         """Fine-tune on a share of the labels."""
         settings = Settings(
-            data=self.spec, model="demo", image_size=32, init=str(self.out / f"{arm}-seed{seed}"), epochs=20,
+            data=self.spec, model="demo", model_args=self.arguments, image_size=self.size, init=str(self.out / f"{arm}-seed{seed}"), epochs=20,
             label_fraction=share, batch_size=50, lr=1e-3, crop_scale=(0.6, 1.0), device="cpu", precision="float32",
             workers=0, seed=seed, out=str(self.out), name=f"{arm}-tuned-{share:g}-seed{seed}",
         )  # fmt: skip
@@ -243,6 +254,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--digits", type=int, default=1)
     parser.add_argument("--data", default="", help="another data set than the scenes")
+    parser.add_argument("--size", type=int, default=32, help="side of the images; patches are an eighth of it")
+    parser.add_argument("--also", default="", help="a data set that the features are asked about too")
     parser.add_argument("--fine-tune", type=float, nargs="*", default=[])
     parser.add_argument("--tuned-arms", nargs="*", default=["plain", "given", "tokencut"])
     parser.add_argument("--threads", type=int, default=1)
@@ -253,7 +266,7 @@ def main() -> None:
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
     print(f"foveal {foveal.__version__}; {spec}; {options.epochs} epochs, {options.seeds} seeds")
-    study = Study(options.out, spec, options.epochs)
+    study = Study(options.out, spec, options.epochs, options.size, options.also)
     arms = ["plain", *(arm for arm in options.arms if arm != "plain")]
     measured: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in range(options.seeds):
