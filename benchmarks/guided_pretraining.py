@@ -168,10 +168,22 @@ class Study:
     def supervised(self, seed: int) -> Path:
         """A run on the labels of the same scenes: what Grad-CAM explains."""
         settings = Settings(
-            data=self.spec, model="demo", model_args=self.arguments, image_size=self.size, init="none", epochs=20, batch_size=50, lr=1e-3,
-            layer_decay=1.0, device="cpu", precision="float32", workers=0, seed=seed, out=str(self.out),
+            data=self.spec,
+            model="demo",
+            model_args=self.arguments,
+            image_size=self.size,
+            init="none",
+            epochs=20,
+            batch_size=50,
+            lr=1e-3,
+            layer_decay=1.0,
+            device="cpu",
+            precision="float32",
+            workers=0,
+            seed=seed,
+            out=str(self.out),
             name=f"supervised-seed{seed}",
-        )  # fmt: skip
+        )
         return fit(settings, resume=True).folder
 
     def made(self, arm: str, seed: int) -> Path:
@@ -237,10 +249,23 @@ class Study:
     def tuned(self, arm: str, seed: int, share: float) -> dict[str, float]:
         """Fine-tune on a share of the labels."""
         settings = Settings(
-            data=self.spec, model="demo", model_args=self.arguments, image_size=self.size, init=str(self.out / f"{arm}-seed{seed}"), epochs=20,
-            label_fraction=share, batch_size=50, lr=1e-3, crop_scale=(0.6, 1.0), device="cpu", precision="float32",
-            workers=0, seed=seed, out=str(self.out), name=f"{arm}-tuned-{share:g}-seed{seed}",
-        )  # fmt: skip
+            data=self.spec,
+            model="demo",
+            model_args=self.arguments,
+            image_size=self.size,
+            init=str(self.out / f"{arm}-seed{seed}"),
+            epochs=20,
+            label_fraction=share,
+            batch_size=50,
+            lr=1e-3,
+            crop_scale=(0.6, 1.0),
+            device="cpu",
+            precision="float32",
+            workers=0,
+            seed=seed,
+            out=str(self.out),
+            name=f"{arm}-tuned-{share:g}-seed{seed}",
+        )
         run = fit(settings, resume=True)
         return {f"tuned-{share:g}/{name}": scores["accuracy"] for name, scores in run.results["sets"].items()}
 
