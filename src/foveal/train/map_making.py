@@ -135,12 +135,7 @@ def source_of(settings: MapSettings, images: Images, device: torch.device) -> tu
 def network_of(settings: MapSettings) -> tuple[nn.Module, ImageConfig, tuple[str, ...] | None]:
     """The network behind the map, how it wants images, and its classes where they are known."""
     if settings.init == "pretrained" and not settings.model_args:
-        try:
-            model, config, classes = network(settings.model)
-        except SettingsError as error:
-            raise SettingsError(
-                f"{error}".replace("map_model=", "model=").partition(", and no run folder")[0]
-            ) from None
+        model, config, classes = network(settings.model, "model")
         if settings.image_size is not None and config.size != (settings.image_size,) * 2:
             resize = getattr(model, "set_input_size", None)
             if resize is None:

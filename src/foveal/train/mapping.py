@@ -136,11 +136,12 @@ def _network(
     return network(which)
 
 
-def network(which: str) -> tuple[nn.Module, ImageConfig, Sequence[str] | None]:
+def network(which: str, setting: str = "map_model") -> tuple[nn.Module, ImageConfig, Sequence[str] | None]:
     """A frozen network by name, its image format, and the names of its classes where they are known.
 
-    which: a run folder, `demo` (the bundled encoder), or a timm model with its pretrained weights. Raises SettingsError
-    for a name that is neither, RunError for a run that has not finished and weights that cannot be had.
+    which: a run folder, `demo` (the bundled encoder), or a timm model with its pretrained weights.  setting: what it is
+    the value of, for messages. Raises SettingsError for a name that is none of these, RunError for a run that has not
+    finished and weights that cannot be had.
     """
     if Path(which).is_dir():
         from foveal.train.run import Run
@@ -155,7 +156,7 @@ def network(which: str) -> tuple[nn.Module, ImageConfig, Sequence[str] | None]:
     try:
         check_name(which)
     except SettingsError as error:
-        raise SettingsError(f"map_model={which}: {error}, and no run folder; or use self, ema, frozen") from None
+        raise SettingsError(f"{setting}={which}: {error}, and there is no such run folder") from None
     model = pretrained(which, {}, "give a run folder or another timm model")[0].eval().requires_grad_(False)
     return model, image_config(model), None
 
