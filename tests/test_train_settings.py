@@ -7,7 +7,7 @@ import pytest
 
 from foveal.cli.flags import Parser
 from foveal.cli.train import declare, settings_of
-from foveal.train import Settings, SettingsError
+from foveal.train import PretrainSettings, Settings, SettingsError
 from foveal.train.names import unknown
 from foveal.train.plain import defaults, docs, hints
 
@@ -128,13 +128,14 @@ def test_unknown_names_without_a_near_one_list_all():
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_settings_and_say_what_to_expect(recipe: Path):
-    settings = Settings.from_yaml(recipe)
+    kind = PretrainSettings if recipe.stem.startswith("pretrain") else Settings
+    settings = kind.from_yaml(recipe)
     assert settings.data
     opening = recipe.read_text().partition("\ndata:")[0]
     assert opening.startswith("# ")
     assert re.search("Expected: |Should give", opening)
     assert re.search("Time: |minute|hour", opening)
-    assert f"foveal train --config recipes/{recipe.name}" in opening
+    assert f"foveal {kind.COMMAND} --config recipes/{recipe.name}" in opening
 
 
 TOKEN_RECIPES = [
