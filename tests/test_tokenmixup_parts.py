@@ -337,6 +337,19 @@ def test_the_same_seed_the_same_weights_and_no_global_chance():
     assert not torch.equal(one.head.weight, other.head.weight)
 
 
+def test_start_of_the_weights_as_in_the_released_code():
+    for pool in ("attention", "mean"):
+        net = ScoreNet(512, 100, TokenLayout(0), pool)
+        assert net.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert not net.head.bias.any()
+    assert ScoreNet(512, 100, TokenLayout(0)).attend.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    head = ScoreNet(
+        512, 100, TokenLayout.of(has_class=True, prefix=1)
+    ).head  # PyTorch's own: uniform within 1/sqrt(512)
+    assert head.weight.std().item() == pytest.approx((3 * 512) ** -0.5, rel=0.02)
+    assert head.bias.any()
+
+
 def test_a_pooling_that_is_not_there():
     with pytest.raises(ValueError, match="no class token"):
         ScoreNet(8, 3, TokenLayout(0), "class")

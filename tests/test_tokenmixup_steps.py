@@ -179,3 +179,12 @@ def test_models_with_relative_positions_mix_horizontally_only(name, why):
         run(mixer_for(model, horizontal=0, rollout=1), model, images, labels)
     with pytest.raises(foveal.UnsupportedModelError, match=f"{why}.*horizontal mixing works here"):
         run(mixer_for(model, horizontal=None, vertical=1), model, images, labels)
+
+
+@pytest.mark.parametrize("settings", [{}, {"saliency": "random"}, {"horizontal": None, "vertical": 2}])
+def test_rows_that_are_not_there_are_refused_before_the_forward(settings):
+    model = cct()
+    images, labels = batch(model)
+    mixer = mixer_for(model, rows="class", **settings)
+    with pytest.raises(ValueError, match="no class token"), mixer.on(model, images, labels, num_classes=C):
+        pass
