@@ -265,6 +265,8 @@ def test_on_top_of_an_image_mixer():
         with CutMix().on(model, images, labels, rng=rng(seed)) as alone:
             pass
         assert torch.equal(image.own, alone.mixed.factors[0].own)
+        assert torch.equal(step.mixed.keep, alone.mixed.keep)  # whose pixels these are is for the image mixer to say
+        assert torch.equal(step.mixed.perm, alone.mixed.perm)
         assert torch.equal(step.targets(C), token.mix(alone.targets(C)))
         seen.add(torch.equal(step.images, alone.images))
     assert seen == {True, False}
