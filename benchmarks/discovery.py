@@ -14,7 +14,6 @@ tokens, 40 at 900.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import platform
 import random
 import statistics
@@ -27,6 +26,7 @@ import scipy
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from clock import processor, timed
 from scipy import ndimage
 from torch import Tensor
 
@@ -118,7 +118,8 @@ def compare(name: str, features: Tensor, batch: int, options: argparse.Namespace
         for number in range(max(3, options.rounds * 196 // N)):
             random.Random(number).shuffle(order)
             for mine in order:
-                taken = timed(ours if mine else theirs, features.device, clock)
+                run = ours if mine else theirs
+                taken = timed(lambda _, run=run: run(), number, features.device, clock)
                 times[mine].append(taken / (B if mine else len(dense)))
         ratios = [t / o for t, o in zip(times[False], times[True], strict=True)]
         low, mid, high = statistics.quantiles(ratios, n=4)
@@ -141,15 +142,6 @@ def agreement(name: str, features: Tensor, side: int) -> None:
             unclear += 1
     least = f"smallest IoU of {len(overlaps)} masks {min(overlaps):.4f}; {unclear} without a gap"
     print(f"  {name:14s} {side * side:5d} tokens: {least}")
-
-
-def timed(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    run()
-    wait()
-    return clock() - start
 
 
 def main() -> None:
@@ -175,15 +167,6 @@ def main() -> None:
                 for batch in options.batch:
                     compare(name, features, batch, options, clock)
                 agreement(name, features[:8], side)
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

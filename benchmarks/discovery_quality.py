@@ -37,6 +37,7 @@ import skimage.color
 import timm
 import torch
 import torch.nn.functional as F
+from clock import processor
 from torch import Tensor, nn
 
 import foveal
@@ -385,15 +386,6 @@ def main() -> None:
             print(f"\n## {name}: {path.name}\n\n{sizes} pixels; objects cover {share:.3f} of an image on average.")
             with torch.inference_mode():
                 table(parts, options, boxes=name == "boxes")
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from clock import processor
 from torch import Tensor, nn
 
 import foveal
@@ -356,15 +357,6 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
         yield fitted("boxes", options.boxes, options.epochs, options.boxes_size, options.images)
     if options.osie:
         yield gaze(options.osie, options.images)
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    if Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

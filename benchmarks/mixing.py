@@ -30,6 +30,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from clock import interleaved, processor, spread
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -193,34 +194,6 @@ def compare(
         print(f"  most memory held: {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB")
 
 
-def interleaved(
-    steps: dict[str, Step], rounds: int, device: torch.device, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    for run in steps.values():
-        run(0)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for number in range(1, rounds + 1):
-        random.Random(number).shuffle(order)
-        for name in order:
-            times[name].append(timed(steps[name], number, device, clock))
-    return times
-
-
-def timed(run: Step, number: int, device: torch.device, clock: Callable[[], float]) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    run(number)
-    wait()
-    return clock() - start
-
-
-def spread(taken: list[float], base: list[float]) -> str:
-    low, mid, high = statistics.quantiles([t / b for t, b in zip(taken, base, strict=True)], n=4)
-    return f"x {mid:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -247,15 +220,6 @@ def main() -> None:
     for name in options.case:
         rounds = options.rounds if name == next(iter(CASES)) else options.rounds * 10
         compare(name, rounds, device, getattr(torch, options.dtype), clock, options.only)
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

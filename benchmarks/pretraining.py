@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
-import random
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from collections.abc import Callable
 
 import timm
 import torch
+from clock import Clock, interleaved, processor, spread, timed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -184,37 +184,6 @@ def steps(case: str, batch: int, rounds: int, device: torch.device, dtype: torch
         print(f"  sampling the maps alone            {statistics.median(alone) * 1e3:7.2f} ms")
 
 
-Clock = Callable[[], float]
-
-
-def interleaved(
-    variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device, clock: Clock
-) -> dict[str, list[float]]:
-    for run in variants.values():
-        run(0)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            times[name].append(timed(variants[name], number, device, clock))
-    return times
-
-
-def timed(run: Callable[[int], object], number: int, device: torch.device, clock: Clock) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    run(number)
-    wait()
-    return clock() - start
-
-
-def spread(taken: list[float], base: list[float]) -> str:
-    low, mid, high = statistics.quantiles([t / b for t, b in zip(taken, base, strict=True)], n=4)
-    return f"x {mid:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
@@ -236,15 +205,6 @@ def main() -> None:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     for case in options.cases:
         steps(case, options.batch or CASES[case][3], options.rounds, device, dtype, clock)
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable
 
 import timm
 import torch
+from clock import Clock, interleaved, processor, spread
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -290,37 +290,6 @@ def kept_bytes(run: Callable[[int], object], device: torch.device) -> int:
     return sum(kept.values())
 
 
-Clock = Callable[[], float]
-
-
-def interleaved(
-    variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device, clock: Clock
-) -> dict[str, list[float]]:
-    for run in variants.values():
-        run(0)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    order = list(variants)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            times[name].append(timed(variants[name], number, device, clock))
-    return times
-
-
-def timed(run: Callable[[int], object], number: int, device: torch.device, clock: Clock) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    run(number)
-    wait()
-    return clock() - start
-
-
-def spread(taken: list[float], base: list[float]) -> str:
-    low, mid, high = statistics.quantiles([t / b for t, b in zip(taken, base, strict=True)], n=4)
-    return f"x {mid:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default="cct", choices=CASES)
@@ -350,15 +319,6 @@ def main() -> None:
     }
     for part in options.parts.split():
         parts[part]()
-
-
-def processor() -> str:
-    """The CPU's name; platform.processor() is empty on many Linux machines."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
