@@ -214,14 +214,17 @@ def test_transformers_checkpointing():
 
 def test_a_peek_leaves_modes_chance_and_stack():
     model, images = case("vit_tiny_patch16_224")
+    model.train()  # nothing is dropped in it
     model.blocks[1].norm1.eval()
     modes, chances = [m.training for m in model.modules()], torch.get_rng_state()
 
     def look(visit):
         visit.peek()
+        visit.peek(steps=1 - visit.block)
         assert [m.training for m in model.modules()] == modes
         return visit.tokens
 
+    assert {True, False} <= set(modes)
     with edit(Blocks(model), change={0: look, 1: look}):
         out_of(model, images)
     assert [m.training for m in model.modules()] == modes
