@@ -1,6 +1,7 @@
 """Peeks and edits on every family: a peek sees what the block's own run sees, edits change nothing else."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -244,6 +245,16 @@ def test_evaluation_and_unseen_forwards_run_untouched():
         assert not edits.ran
         assert not torch.equal(model(images), plain)
         assert edits.ran
+
+
+def test_forwards_of_other_threads_run_untouched():
+    model, images = case("vit_tiny_patch16_224")
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        plain = model(images)
+        with edit(Blocks(model), change={1: lambda visit: visit.tokens * 0}) as edits:
+            assert torch.equal(other.submit(torch.no_grad()(model), images).result(), plain)
+            assert not edits.ran
+            assert not torch.equal(model(images), plain)
 
 
 def test_unfused_attention_takes_no_further_tokens():

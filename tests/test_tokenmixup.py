@@ -336,6 +336,25 @@ def test_guided_image_mixers_keep_their_losses_and_measures():
     assert set(step.measures()) == set(mixer.measures)
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_masks_and_trust_reach_the_image_mixer(trusted):
+    model = vit()
+    images, labels = batch(model)
+    masks = torch.zeros(4, 16, 16, dtype=torch.bool)
+    masks[:, :8] = True
+    over = TdAttenMix(cells=4)
+    with over.on(model, images, labels, rng=rng(), num_classes=C, given=masks, trusted=trusted) as alone:
+        model(alone.images)
+    with mixer_for(model, over=over).on(
+        model, images, labels, rng=rng(), num_classes=C, given=masks, trusted=trusted
+    ) as step:
+        model(step.images)
+    assert torch.equal(step.images, alone.images)
+    told = alone.measures()
+    assert bool(told["map_on_object"].isfinite()) == trusted
+    assert all(torch.allclose(step.measures()[name], told[name], equal_nan=True) for name in told)
+
+
 def test_a_guide_reads_the_same_forward():
     model, source = vit(), vit()
     images, labels = batch(model)
