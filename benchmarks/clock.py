@@ -21,7 +21,7 @@ def clock_of(name: str) -> Clock:
 
 
 def interleaved(variants: Variants, rounds: int, device: torch.device, clock: Clock) -> dict[str, list[float]]:
-    """Seconds of each variant in each round: all in every round, in shuffled order, after one run that is not counted."""
+    """Seconds of each variant in each round: all in every round, in shuffled order, after a run that is not counted."""
     for run in variants.values():
         run(0)
     times: dict[str, list[float]] = {name: [] for name in variants}

@@ -90,7 +90,7 @@ def test_a_run_on_other_classes_is_refused_as_a_map_of_labels(tmp_path: Path):
 
 
 def test_a_map_model_that_is_nothing_is_told_so(tmp_path: Path):
-    with pytest.raises(SettingsError, match="map_model=nosuch: unknown model 'nosuch', and there is no such run folder"):
+    with pytest.raises(SettingsError, match="map_model=nosuch: unknown model 'nosuch', and there is no such run"):
         source(tmp_path, map_model="nosuch")
 
 
