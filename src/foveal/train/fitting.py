@@ -164,7 +164,8 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
 
 
 def _how(settings: Settings) -> str:
-    return " + ".join(part for part in (settings.mix, settings.token_mix, settings.guide) if part != "none") or "plain"
+    parts = (settings.mix, settings.token_mix, settings.guide)
+    return " + ".join(part for part in parts if part != "none") or "plain"
 
 
 def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tuple[Epochs, Batches]:
