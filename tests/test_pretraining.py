@@ -152,14 +152,15 @@ def test_fine_tuning_starts_from_it(tmp_path: Path, plain: Run):
 
 
 def train(settings: PretrainSettings, kill: str = "", count: int = 0) -> None:
-    from foveal.train import checkpoints, files, pretrain, pretrain_task, pretraining, record
+    from foveal import whole
+    from foveal.train import checkpoints, pretrain, pretrain_task, pretraining, record
 
     if kill:
         places = {
             "a step begins": (pretrain_task.Pretrain, "training_step"),
             "the epoch ends": (record.Record, "on_train_epoch_end"),
             "the checkpoint is being written": (checkpoints._Remembering, "write"),
-            "a file is to take its place": (files.os, "replace"),
+            "a file is to take its place": (whole.os, "replace"),
             "results are to be written": (pretraining, "write_text"),
         }
         where, name = places[kill]

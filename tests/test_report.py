@@ -324,3 +324,4 @@ def test_a_failed_page_leaves_the_old_one(tmp_path, monkeypatch):
         run_page(run)
     assert Path(run.folder / "report.html").read_bytes() == old
     assert not list(run.folder.glob(".*"))
+    assert not list(run.folder.glob("*.partial*"))

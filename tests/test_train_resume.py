@@ -37,14 +37,15 @@ def train(settings: Settings, kill: str = "", count: int = 0) -> None:
 
 
 def _arm(kill: str, count: int) -> None:
-    from foveal.train import checkpoints, files, fitting, outcome, record, task
+    from foveal import whole
+    from foveal.train import checkpoints, fitting, outcome, record, task
 
     places = {
         "a step begins": (task.Classify, "training_step"),
         "the epoch ends": (record.Record, "on_train_epoch_end"),
         "rows are to be written": (record.Table, "append"),
         "the checkpoint is being written": (checkpoints._Remembering, "write"),
-        "a file is to take its place": (files.os, "replace"),
+        "a file is to take its place": (whole.os, "replace"),
         "predictions are to be written": (outcome, "write_predictions"),
         "results are to be written": (fitting, "write_text"),
     }

@@ -1,16 +1,16 @@
-"""Files that are either whole or absent: written under a temporary name beside the target, then renamed."""
+"""Pages and pictures as files that are whole or absent."""
 
 from __future__ import annotations
 
 import os
 from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from foveal.explain.overlay import Pixels
+from foveal.whole import whole_file
 
 
 def save(data: bytes, path: str | os.PathLike[str]) -> Path:
@@ -20,16 +20,8 @@ def save(data: bytes, path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{uuid4().hex}.part")  # same folder: a rename across file systems is a copy
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(target) as file:
+        file.write(data)
     return target
 
 

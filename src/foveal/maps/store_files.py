@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveal.maps.errors import MapStoreError
+from foveal.whole import whole_file
 
 BLANK, DEGENERATE, INVERTED = 1, 2, 4  # bits of a record's `flags`
 KEY_BYTES = 16
@@ -184,7 +185,7 @@ def writing(folder: Path, rank: int) -> Iterator[None]:
         raise _cannot_write(folder, error) from error
     try:
         _lock(handle, folder)
-        for leftover in folder.glob(f"maps-{rank:04d}-*.partial"):
+        for leftover in folder.glob(f"maps-{rank:04d}-*.partial*"):
             leftover.unlink(missing_ok=True)
         yield
     finally:
@@ -206,18 +207,9 @@ def _lock(handle: int, folder: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file that is whole or not there, whatever kills the process or the machine. Raises MapStoreError."""
-    partial = path.with_name(f"{path.name}.partial" if path.suffix == ".npy" else f"{path.name}.partial-{os.getpid()}")
     try:
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            _flush_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            file.write(data)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -227,16 +219,6 @@ def _cannot_write(path: Path, error: OSError) -> MapStoreError:
         f"cannot write {path}: {error.strerror or error}; free space or choose another folder, then run it again:"
         " maps written before are kept"
     )
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(data: bytes) -> str:

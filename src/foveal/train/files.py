@@ -1,10 +1,5 @@
-"""Files that are whole or not there.
+"""A run's files: whole or not there, with one error for a disk that is full."""
 
-A file is written under a temporary name in its own folder, flushed to the disk, then renamed over the old one,
-and the folder is flushed too: whatever kills the process or the machine, the old file or the new one is there.
-"""
-
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,29 +8,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from foveal import whole
 from foveal.train.errors import RunError
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write (binary) that takes its place at `path` only when the block ends well.
-
-    Raises RunError, naming the path and the cause, where the folder or the disk does not take it; the file that
-    was at `path` is then still there and no temporary one is left.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    """As foveal.whole.whole_file, but a folder or disk that does not take the file raises RunError with the remedy."""
     try:
-        try:
-            with open(partial, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            _flush_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole.whole_file(path) as file:
+            yield file
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -77,13 +59,3 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path} holds a {type(content).__name__}, not named tensors")
     return content
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # a folder cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
