@@ -69,15 +69,23 @@ def from_official(state: Mapping[str, Tensor], model: CompactTransformer) -> dic
     same_parts = found.keys() == own.keys()
     if same_parts and "pos_embed" in own and found["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         found["pos_embed"] = model.fitted_positions(found["pos_embed"])
+    check_same(found, own, "model")
+    return found
+
+
+def check_same(found: Mapping[str, Tensor], own: Mapping[str, Tensor], of: str) -> None:
+    """Raise ValueError, naming some, where tensors of a checkpoint differ from a model's own in name or shape.
+
+    of: what the model is called.
+    """
     differing = [
-        f"{name} {_shape(found.get(name))} in the checkpoint, {_shape(own.get(name))} in the model"
+        f"{name} {_shape(found.get(name))} in the checkpoint, {_shape(own.get(name))} in the {of}"
         for name in {**own, **found}
         if _shape(found.get(name)) != _shape(own.get(name))
     ]
     if differing:
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(f"the checkpoint is of another architecture: {'; '.join(differing[:3])}{more}")
-    return found
 
 
 def _shape(tensor: Tensor | None) -> str:

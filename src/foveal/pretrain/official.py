@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveal.models.official import check_same
 from foveal.pretrain.autoencoder import MaskedAutoencoder
 from foveal.pretrain.encoding import UNUSED
 
@@ -50,14 +51,7 @@ def from_official(state: Mapping[str, Any], autoencoder: MaskedAutoencoder) -> d
     for name in TABLES:
         if name in found and name in own and found[name].shape[::2] == own[name].shape[::2]:
             found[name] = found[name] if found[name].shape == own[name].shape else own[name]
-    differing = [
-        f"{name} {_shape(found.get(name))} in the checkpoint, {_shape(own.get(name))} in the autoencoder"
-        for name in {**own, **found}
-        if _shape(found.get(name)) != _shape(own.get(name))
-    ]
-    if differing:
-        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(f"the checkpoint is of another architecture: {'; '.join(differing[:3])}{more}")
+    check_same(found, own, "autoencoder")
     return found
 
 
@@ -73,7 +67,3 @@ def _renamed(name: str, norm_is_ours: bool) -> str:
     if norm_is_ours and name.startswith("norm."):
         return f"latent_{name}"
     return f"encoder.{name}"
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
