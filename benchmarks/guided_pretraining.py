@@ -209,7 +209,7 @@ class Study:
         run = pretrain(settings, resume=True)
         measured = self.frozen(run)
         if settings.map is not None:
-            store = store_of(settings, self.data, torch.device("cpu"), None)
+            store = store_of(settings, self.data, run.config, torch.device("cpu"), None)
             assert store is not None
             if self.data.train.masks is not None:
                 measured |= quality(store, self.data.train, settings.temperature)

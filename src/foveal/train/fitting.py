@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 
 from foveal.attention import attach, supported
 from foveal.data import Data, DataWarning, load, subset
-from foveal.data.batches import Batches
 from foveal.data.order import step_sizes
 from foveal.mix import MIXERS, TOKEN_MIXERS, TokenMixer, token_mixer
 from foveal.train import memory, outcome
-from foveal.train.errors import Interrupted, RunError, SettingsError
+from foveal.train.errors import SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
-from foveal.train.loop import Epochs, train, workers_for
+from foveal.train.loop import Epochs, batches_of, stoppable, train, workers_for
 from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.mapping import source_of
 from foveal.train.models import Built, build, resolve, write_model
@@ -45,15 +44,8 @@ def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progr
     stderr, or call this with each epoch's row of metrics.csv. Raises SettingsError, foveal.data.DataError,
     RunError (weights, folder or disk), DivergedError, and Interrupted after Ctrl-C.
     """
-    again = f"continue with: foveal train --resume {settings.folder}"
-    try:
+    with stoppable(settings):
         return _fit(settings, resume, overwrite, progress)
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {again}") from None
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the device has no memory left: lower batch_size (now {settings.batch_size}) and raise accumulate"
-        ) from error
 
 
 def load_data(settings: Settings) -> Data:
@@ -149,7 +141,7 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
             wait_for_first(trainer)
         if not trainer.is_global_zero and record.last.is_file():
             checkpoint = record.last
-        batches = _batches(settings, data, built, trainer)
+        batches = batches_of(settings, data, built.image, trainer, settings.randaugment)
         if show is not None and trainer.is_global_zero:
             show.begin(data, built, _how(settings), f"{device} in {precision}", checkpoint)
         if supported(built.model):
@@ -166,30 +158,6 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
 def _how(settings: Settings) -> str:
     parts = (settings.mix, settings.token_mix, settings.guide)
     return " + ".join(part for part in parts if part != "none") or "plain"
-
-
-def _batches(settings: Settings, data: Data, built: Built, trainer: Any) -> tuple[Epochs, Batches]:
-    """Training and validation batches of this process."""
-    device = trainer.strategy.root_device
-    shared = {
-        "rank": trainer.global_rank,
-        "world": trainer.world_size,
-        "workers": workers_for(settings.workers, data),
-        "device": device,
-    }
-    train = Batches(
-        data.train,
-        built.image,
-        settings.batch_size,
-        train=True,
-        seed=settings.seed,
-        flip=data.flip if settings.flip is None else settings.flip,
-        crop_scale=settings.crop_scale,
-        randaugment=settings.randaugment,
-        accumulate=settings.accumulate,
-        **shared,
-    )
-    return Epochs(train, trainer), Batches(data.val, built.image, settings.batch_size, train=False, **shared)
 
 
 def _finish(

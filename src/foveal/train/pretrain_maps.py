@@ -17,14 +17,18 @@ from foveal.data import Data, ImageConfig
 from foveal.maps import MapStore, Source, make_store
 from foveal.maps.store import describe
 from foveal.train.errors import RunError, SettingsError
+from foveal.train.loop import workers_for
 from foveal.train.mapping import network, parameters
 from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.progress import Show
 
 
-def store_of(settings: PretrainSettings, data: Data, device: torch.device, show: Show | None) -> MapStore | None:
+def store_of(
+    settings: PretrainSettings, data: Data, image: ImageConfig, device: torch.device, show: Show | None
+) -> MapStore | None:
     """The maps of the training images; None for plain MAE. What is missing is made, shown by `show`.
 
+    image: how the encoder wants images, for maps that ask no network.
     Raises SettingsError, RunError for a network that cannot be had, and foveal.maps.MapStoreError.
     """
     if settings.maps is not None:
@@ -36,7 +40,7 @@ def store_of(settings: PretrainSettings, data: Data, device: torch.device, show:
         return store
     if settings.map is None:
         return None
-    source, config, name, labels = source_of(settings, data, device)
+    source, config, name, labels = source_of(settings, data, image, device)
     about = describe(settings.map, settings.map_args, source.model, name)
     digest = hashlib.sha256(json.dumps([about, vars(config), labels], sort_keys=True).encode()).hexdigest()[:8]
     word = "".join(c if c.isalnum() or c in "._" else "_" for c in data.name)
@@ -47,7 +51,7 @@ def store_of(settings: PretrainSettings, data: Data, device: torch.device, show:
         about,
         config=config,
         batch_size=settings.batch_size,
-        workers=settings.workers or 0,
+        workers=workers_for(settings.workers, data),
         device=device,
         labels=labels,
         progress=None if show is None else show.maps(settings.map),
@@ -55,7 +59,7 @@ def store_of(settings: PretrainSettings, data: Data, device: torch.device, show:
 
 
 def source_of(
-    settings: PretrainSettings, data: Data, device: torch.device
+    settings: PretrainSettings, data: Data, image: ImageConfig, device: torch.device
 ) -> tuple[Source, ImageConfig, str | None, bool]:
     """The source, how its network wants images, the network's name, and whether it is told the labels.
 
@@ -68,10 +72,7 @@ def source_of(
                 f"map=given, but {data.name} has no masks: make maps of your own masks with foveal maps --map given"
                 " --masks FOLDER, and give their folder as maps"
             )
-        from foveal.train.models import build
-
-        config = build(settings, 0).image  # pixels as the encoder gets them
-        return maps.make(settings.map, torch.nn.Identity(), config=config, **settings.map_args), config, None, False
+        return maps.make(settings.map, torch.nn.Identity(), config=image, **settings.map_args), image, None, False
     try:
         model, config, classes = network(settings.map_model)
     except RunError as error:

@@ -17,15 +17,14 @@ import torch
 
 from foveal.attention import UnsupportedModelError
 from foveal.data import Data, load_unlabelled
-from foveal.data.batches import Batches
 from foveal.data.order import step_sizes
 from foveal.maps import MapStore
 from foveal.pretrain import MaskedAutoencoder
 from foveal.train import memory, outcome
-from foveal.train.errors import Interrupted, RunError, SettingsError
+from foveal.train.errors import SettingsError
 from foveal.train.files import write_text, write_weights
 from foveal.train.folder import is_finished, locked, prepare
-from foveal.train.loop import Epochs, train, workers_for
+from foveal.train.loop import batches_of, stoppable, train
 from foveal.train.machine import device_of, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.models import Built, build, resolve, write_model
 from foveal.train.precision import choose
@@ -48,14 +47,8 @@ def pretrain(
     foveal.UnsupportedModelError for an encoder whose patches cannot be hidden, foveal.maps.MapStoreError, RunError
     (weights, folder or disk), DivergedError, and Interrupted after Ctrl-C.
     """
-    try:
+    with stoppable(settings):
         return _pretrain(settings, resume, overwrite, progress)
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; continue with: foveal pretrain --resume {settings.folder}") from None
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the device has no memory left: lower batch_size (now {settings.batch_size}) and raise accumulate"
-        ) from error
 
 
 def _pretrain(settings: PretrainSettings, resume: bool, overwrite: bool, progress: bool | Tell) -> Run:
@@ -89,13 +82,14 @@ def _pretrain(settings: PretrainSettings, resume: bool, overwrite: bool, progres
             outcome.write_split(folder, data, resumed=checkpoint is not None)
             if show is not None:
                 show.begin(data, built, _how(settings), f"{device} in {precision}", checkpoint)
-            task.store = store_of(settings, data, device, show)
+            task.store = store_of(settings, data, built.image, device, show)
         with quiet_lightning():
             wait_for_first(trainer)
         if not trainer.is_global_zero:
-            task.store = store_of(settings, data, device, None)
+            task.store = store_of(settings, data, built.image, device, None)
             checkpoint = record.last if record.last.is_file() else None
-        batches = _batches(settings, data, built, trainer)
+        bare = replace(data, train=replace(data.train, masks=None), val=replace(data.val, masks=None))
+        batches = batches_of(settings, bare, built.image, trainer)  # maps follow the crops; masks need not
         stack.enter_context(quiet_lightning())
         train(trainer, task, batches, checkpoint)
         if trainer.is_global_zero:
@@ -132,29 +126,6 @@ def _how(settings: PretrainSettings) -> str:
     if settings.guide == "mask":
         return f"masked autoencoder, patches hidden by {named}"
     return f"masked autoencoder, errors weighted by {named} (tau {settings.temperature:g})"
-
-
-def _batches(settings: PretrainSettings, data: Data, built: Built, trainer: Any) -> tuple[Epochs, Batches]:
-    shared = {
-        "rank": trainer.global_rank,
-        "world": trainer.world_size,
-        "workers": workers_for(settings.workers, data),
-        "device": trainer.strategy.root_device,
-    }
-    bare = replace(data.train, masks=None)  # maps follow the crops; masks need not
-    train = Batches(
-        bare,
-        built.image,
-        settings.batch_size,
-        train=True,
-        seed=settings.seed,
-        flip=data.flip if settings.flip is None else settings.flip,
-        crop_scale=settings.crop_scale,
-        accumulate=settings.accumulate,
-        **shared,
-    )
-    val = replace(data.val, masks=None)
-    return Epochs(train, trainer), Batches(val, built.image, settings.batch_size, train=False, **shared)
 
 
 def _finish(
