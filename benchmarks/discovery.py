@@ -17,7 +17,6 @@ import argparse
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ import scipy
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from clock import processor, timed
+from clock import clock_of, processor, timed
 from scipy import ndimage
 from torch import Tensor
 
@@ -154,7 +153,7 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = clock_of(options.clock)
     device = torch.device(options.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {options.threads} threads"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, scipy {scipy.__version__}")

@@ -21,7 +21,6 @@ import contextlib
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from clock import interleaved, processor, spread
+from clock import clock_of, interleaved, processor, spread
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -216,7 +215,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}", end=""
     )
     print(f", timm {timm.__version__}, foveal {foveal.__version__}, {where}, {options.clock} clock")
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = clock_of(options.clock)
     for name in options.case:
         rounds = options.rounds if name == next(iter(CASES)) else options.rounds * 10
         compare(name, rounds, device, getattr(torch, options.dtype), clock, options.only)

@@ -23,12 +23,11 @@ import contextlib
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import timm
 import torch
-from clock import Clock, interleaved, processor, spread, timed
+from clock import Clock, clock_of, interleaved, processor, spread, timed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -202,7 +201,7 @@ def main() -> None:
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
     print(f"foveal {foveal.__version__}, {where}, {options.clock} clock")
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = clock_of(options.clock)
     for case in options.cases:
         steps(case, options.batch or CASES[case][3], options.rounds, device, dtype, clock)
 

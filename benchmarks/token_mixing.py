@@ -21,12 +21,11 @@ import argparse
 import contextlib
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import timm
 import torch
-from clock import Clock, interleaved, processor, spread
+from clock import Clock, clock_of, interleaved, processor, spread
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -310,7 +309,7 @@ def main() -> None:
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}")
     print(f"foveal {foveal.__version__}, {where}, {options.clock} clock")
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    clock = clock_of(options.clock)
     parts: dict[str, Callable[[], None]] = {
         "steps": lambda: steps(options.case, batch, options.rounds, device, dtype, clock),
         "saliency": lambda: saliencies(options.case, batch, options.rounds, device, dtype, clock),
