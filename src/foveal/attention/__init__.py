@@ -7,11 +7,13 @@
 
 from foveal.attention.door import Door, attach, unseen
 from foveal.attention.errors import ReadError, UnsupportedModelError
+from foveal.attention.glance import glance
 from foveal.attention.layout import TokenLayout
-from foveal.attention.seen import Look, Seen, Support, read, supported
+from foveal.attention.seen import Layers, Look, Seen, Support, pooling_heads, read, supported
 
 __all__ = [
     "Door",
+    "Layers",
     "Look",
     "ReadError",
     "Seen",
@@ -19,6 +21,8 @@ __all__ = [
     "TokenLayout",
     "UnsupportedModelError",
     "attach",
+    "glance",
+    "pooling_heads",
     "read",
     "supported",
     "unseen",

@@ -61,6 +61,7 @@ class Call:
         self.outer: Call | None = None  # the call during which this one was opened: a model that calls itself
         self.closed = False
         self.failed = False
+        self.enough = False  # ended on purpose, when all that was asked had been seen
         self.batch: int | None = None
         self.grid: tuple[int, int] | None = None
         self.grids: dict[int, tuple[int, int]] = {}  # where layers have grids of their own

@@ -313,7 +313,7 @@ class _RootPost(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         state = self.door.reading()
         if state is not None and state.current is not None:
-            state.current.failed = output is None
+            state.current.failed = output is None and not state.current.enough
             state.current.closed = True
             state.current = state.current.outer
 

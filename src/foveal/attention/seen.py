@@ -238,6 +238,16 @@ class Seen:
         return [self._anatomy.layers[i].name for i in self._chosen]
 
     @property
+    def what(self) -> tuple[str, ...]:
+        """The asked values."""
+        return self._what
+
+    @property
+    def last(self) -> Layer:
+        """The asked layer that runs last."""
+        return self._anatomy.layers[max(self._chosen)]
+
+    @property
     def layout(self) -> TokenLayout:
         """Prefix tokens of the (first) asked layer."""
         return self._anatomy.layers[self._chosen[0]].layout
@@ -410,6 +420,13 @@ def supported(model: nn.Module) -> Support:
         return Support("", (), {}, None, str(error))
     offered = {layer.name: _offers(layer) for layer in anatomy.layers}
     return Support(anatomy.family, tuple(offered), offered, anatomy.layers[0].layout, "; ".join(anatomy.refused))
+
+
+def pooling_heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers in which a query of its own, not a token, attends to the patches. Empty if there are none."""
+    door = door_of(bare(model))
+    anatomy = door.anatomy if door is not None else inspect(model)
+    return tuple(layer.name for layer in anatomy.layers if layer.kind == "pool")
 
 
 def _offers(layer: Layer) -> tuple[str, ...]:
