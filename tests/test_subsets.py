@@ -4,10 +4,12 @@ import math
 import warnings
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from foveal.data import DataError, DataWarning, Images, subset
+from foveal.data import DataError, DataWarning, Images, listed, load, subset
 from foveal.data.splits import complete, hold_out, imbalance, split_by_seed
 
 
@@ -83,6 +85,68 @@ def test_small_classes_give_all_with_a_warning():
 def test_what_is_no_subset(bad):
     with pytest.raises(ValueError, match=r"share|per_class"):
         subset(images(2, 2), **bad)
+
+
+def test_subsets_of_a_folder_are_the_same_every_time_and_nest(tmp_path):
+    for c, number in (("cat", 40), ("dog", 23)):
+        (tmp_path / c).mkdir()
+        for i in range(number):
+            Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(tmp_path / c / f"{i}.png")
+    drawn = []
+    for share in (0.15, 0.15, 0.3, 1):
+        data = load(tmp_path, seed=5)
+        drawn.append(data.train.subset(subset(data.train, share=share, seed=5)).names)
+        assert not set(drawn[-1]) & {*data.val.names, *data.tests["test"].names}
+    assert drawn[0] == drawn[1]
+    assert set(drawn[1]) < set(drawn[2]) < set(drawn[3])
+    assert len(drawn[0]) == 5 + 3  # of the 28 and 17 left to train on: ceil(4.2) and ceil(2.55)
+
+
+def test_a_saved_list_gives_its_subset_back():
+    whole = images(20, 30)
+    index = subset(whole, share=0.3, seed=2)
+    names = whole.subset(index).names
+    assert torch.equal(listed(whole, names), index)
+    assert torch.equal(listed(whole, names[::-1]), index)
+    assert torch.equal(listed(whole, "\n".join((*names, "", "")).splitlines()), index)
+    assert torch.equal(listed(whole, [f" {name}\n" for name in names]), index)
+    assert torch.equal(listed(whole, whole.names), torch.arange(50))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "the list names no images"),
+        ([" ", ""], "the list names no images"),
+        (["a/1.png", "a/2.png", "a/1.png"], r"1 name is on the list more than once: a/1\.png"),
+        (
+            ["a/1.png", "a/3.pgn"],
+            r"1 of the 2 names on the list is of none of the 4 images: a/3\.pgn; did you mean a/3",
+        ),
+        (
+            ["q", "a/1.png", "z"],
+            r"2 of the 3 names on the list are of none of .*: q, z; images are called like a/0\.png",
+        ),
+    ],
+)
+def test_lists_that_fit_no_images(names, message):
+    whole = Images(
+        torch.tensor([0, 0, 1, 1]),
+        ("a", "b"),
+        torch.zeros(4, 3, 1, 1, dtype=torch.uint8),
+        names=tuple(f"a/{i}.png" for i in range(4)),
+    )
+    with pytest.raises(DataError, match=message):
+        listed(whole, names)
+
+
+def test_a_list_cannot_tell_images_of_one_name():
+    pixels = torch.zeros(3, 3, 1, 1, dtype=torch.uint8)
+    whole = Images(torch.tensor([0, 0, 1]), ("a", "b"), pixels, names=("x", "y", "x"))
+    with pytest.raises(DataError, match="several images have the same name, so a list cannot tell them: x"):
+        listed(whole, ["x", "y"])
+    with pytest.warns(DataWarning, match="the list has no images of 1 class: b"):
+        assert listed(whole, ["y"]).tolist() == [1]
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 5), (20, 100), (7,) * 9])

@@ -11,7 +11,7 @@ from foveal.data.errors import DataError, DataWarning
 from foveal.data.images import Data, Images, concatenate
 from foveal.data.packs import read_pack
 from foveal.data.sources import SOURCES, load
-from foveal.data.subsets import subset
+from foveal.data.subsets import listed, subset
 from foveal.data.unlabelled import load_unlabelled
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "concatenate",
     "decode_tensor",
     "image_config",
+    "listed",
     "load",
     "load_unlabelled",
     "read_pack",

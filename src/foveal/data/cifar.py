@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) through torchvision, from disk or downloaded when that is allowed."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from torchvision import datasets
 
 from foveal.data.errors import DataError
 from foveal.data.images import Data, Images
+from foveal.data.places import may_download, root_of
 from foveal.data.splits import hold_out
-
-YES, NO = ("yes", "true", "1"), ("no", "false", "0")
 
 
 def cifar(name: str, dataset: Callable[..., Any]) -> Callable[[dict[str, str], int, int | None], Data]:
@@ -25,13 +23,10 @@ def cifar(name: str, dataset: Callable[..., Any]) -> Callable[[dict[str, str], i
         Images keep their 32 x 32 pixels and are enlarged on the way to the model. Raises DataError where the
         files are not found, and where they cannot be downloaded.
         """
-        root = Path(options.get("root") or os.environ.get("FOVEAL_DATA") or "~/.cache/foveal").expanduser()
-        allowed = options.get("download", "no").lower()
-        if allowed not in YES + NO:
-            raise DataError(f"download={options['download']} is neither yes nor no")
-        train = _part(name, dataset, root, True, allowed in YES)
+        root, download = root_of(options), may_download(options)
+        train = _part(name, dataset, root, True, download)
         sets, how = hold_out(train, {"val": 10}, seed)
-        tests = {"test": _part(name, dataset, root, False, allowed in YES)}
+        tests = {"test": _part(name, dataset, root, False, download)}
         return Data(name, sets["train"], sets["val"], tests, flip=True, notes=(how,))
 
     return load

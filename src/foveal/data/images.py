@@ -24,6 +24,8 @@ class Images:
     masks: (N, H, W) bool, True on the object; only beside pixels, in the same frame.
     names: N names that say which image of the source this is (a path below the data folder, or a number);
     left empty they become "0", "1", ...
+    published: images per class of the training set as it was published, where some were held out of this one for
+    validation: a share of the labels is a share of those (see foveal.data.subset). A subset does not keep it.
     Raises DataError where these do not fit together.
     """
 
@@ -33,6 +35,7 @@ class Images:
     files: tuple[Path | Packed, ...] | None = None
     masks: Tensor | None = None
     names: tuple[str, ...] = ()
+    published: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -64,6 +67,7 @@ class Images:
             files=None if self.files is None else tuple(self.files[i] for i in picked),
             masks=None if self.masks is None else self.masks[at],
             names=tuple(self.names[i] for i in picked),
+            published=None,
         )
 
     def class_sizes(self) -> Tensor:
@@ -134,6 +138,8 @@ def _check(images: Images) -> None:
         raise DataError(f"{n} labels but {len(held)} images")
     if len(images.names) != n:
         raise DataError(f"{n} labels but {len(images.names)} names")
+    if images.published is not None and len(images.published) != len(images.classes):
+        raise DataError(f"{len(images.classes)} classes but {len(images.published)} published class sizes")
     if pixels is not None and (pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] != 3):
         raise DataError(f"pixels must be (N, 3, H, W) uint8, not {tuple(pixels.shape)} {pixels.dtype}")
     if masks is not None:

@@ -9,9 +9,11 @@ from foveal.data.cifar import load_cifar10, load_cifar100
 from foveal.data.decode import SUFFIXES
 from foveal.data.digits import load_digits
 from foveal.data.errors import DataError
+from foveal.data.fine_grained import PUBLISHED, loader_of
 from foveal.data.folder import load_folder
 from foveal.data.images import Data
 from foveal.data.packs import load_packs, pack_files
+from foveal.data.places import OPTIONS
 
 
 def load_scenes(options: dict[str, str], seed: int, image_size: int | None) -> Data:
@@ -24,8 +26,9 @@ def load_scenes(options: dict[str, str], seed: int, image_size: int | None) -> D
 SOURCES: dict[str, tuple[Callable[[dict[str, str], int, int | None], Data], tuple[str, ...] | None]] = {
     "scenes": (load_scenes, None),
     "digits": (load_digits, ()),
-    "cifar10": (load_cifar10, ("root", "download")),
-    "cifar100": (load_cifar100, ("root", "download")),
+    "cifar10": (load_cifar10, OPTIONS),
+    "cifar100": (load_cifar100, OPTIONS),
+    **{name: (loader_of(name), OPTIONS) for name in PUBLISHED},  # cub200, cars, aircraft, dogs, pets
 }
 
 
