@@ -6,10 +6,6 @@ timm.create_model(card["architecture"], **card["arguments"])      and model.safe
 
 import json
 import platform
-import socket
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +20,7 @@ from foveal.chance import seeded
 from foveal.data.config import ImageConfig, image_config
 from foveal.train.errors import RunError, SettingsError
 from foveal.train.files import write_text, write_weights
+from foveal.train.hub import patience
 from foveal.train.names import unknown
 from foveal.train.pretrain_settings import PretrainSettings
 from foveal.train.settings import Settings
@@ -32,6 +29,11 @@ from foveal.train.weights import load_weights
 DEMO = Path(__file__).parents[1] / "assets"  # the encoder that comes with foveal: model.safetensors, model.json
 
 FRESH = "give --init none to start from random weights, or --init FILE"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation
+
+
+# guides that compare class rows of attention: the classifier should read that token, where that has not been decided
+CLASS_ROW_GUIDES = ("gta", "attn_distill")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Built:
     """A model ready to train.
 
     architecture and arguments: what timm.create_model takes to build it again (without drop path, which the
-    weights do not know).  image: how it wants its images.  origin: where its weights come from, in words.
+    weights do not know).  image: how it wants its images.  origin: where its weights come from, in words.  notes: what
+    was chosen for the user, or should be known of the weights, in words.
     """
 
     model: nn.Module
@@ -47,31 +50,77 @@ class Built:
     arguments: dict[str, Any]
     image: ImageConfig
     origin: str
+    notes: tuple[str, ...] = ()
 
 
 def build(settings: Settings | PretrainSettings, classes: int) -> Built:
     """The model that `settings` name, for `classes` classes (0: without classifier), with its starting weights.
 
-    Raises SettingsError for an unknown model or argument, RunError where the weights cannot be had.
+    Under a guide of the class token's attention, a model with a class token that would average its patches reads the
+    class token instead, unless model_args say global_pool. Images are normalised as those of a run or a transformers
+    model that the weights come from. Raises SettingsError for an unknown model or argument, RunError where the weights
+    cannot be had.
     """
     architecture, arguments = resolve(settings)
     arguments = arguments | {"num_classes": classes}
-    drop_path = getattr(settings, "drop_path", 0.0)
-    extra = {"drop_path_rate": drop_path} if drop_path else {}
-    demo = settings.init == "demo" or (settings.init == "pretrained" and settings.model == "demo")
-    with seeded(settings.seed, "init"):
-        if settings.init == "pretrained" and not demo:
-            model, origin = pretrained(architecture, arguments | extra, FRESH)
-        else:
-            model, origin = _create(architecture, arguments | extra), "random weights"
-    if demo:
-        origin = str(load_weights(model, DEMO))
-    elif settings.init not in ("pretrained", "none"):
-        origin = str(load_weights(model, settings.init))
+    model, origin = _start(settings, architecture, arguments)
+    notes: tuple[str, ...] = ()
+    pool = _class_pool(settings, model)
+    if pool:
+        arguments |= pool
+        model, origin = _start(settings, architecture, arguments)
+        said = ", ".join(f"{name}={value}" for name, value in pool.items())
+        notes = (
+            f"the classifier reads the class token ({said}), whose attention {getattr(settings, 'guide', '')} guides;"
+            " say model_args {global_pool: avg} for the mean of patches",
+        )
     image = image_config(model)
+    init = DEMO if _is_demo(settings) else settings.init
+    if init not in ("pretrained", "none"):
+        loaded = load_weights(model, init)
+        origin, notes = str(loaded), notes + loaded.notes
+        if loaded.mean is not None and loaded.std is not None:
+            image = ImageConfig(**(asdict(image) | {"mean": loaded.mean, "std": loaded.std}))
+        elif "." not in architecture and (image.mean, image.std) != IMAGENET:
+            notes += (
+                f"images are normalised with mean {image.mean[0]:g}, as {architecture} was trained; files of DINO, iBOT"
+                " or MAE saw ImageNet's mean: say so by a tag, such as model=vit_small_patch16_224.dino",
+            )
     if settings.image_size is not None:  # models without a fixed size take it from the images
         image = ImageConfig(**(asdict(image) | {"size": (settings.image_size, settings.image_size)}))
-    return Built(model, architecture, arguments, image, origin)
+    return Built(model, architecture, arguments, image, origin, notes)
+
+
+def _is_demo(settings: Settings | PretrainSettings) -> bool:
+    return settings.init == "demo" or (settings.init == "pretrained" and settings.model == "demo")
+
+
+def _start(
+    settings: Settings | PretrainSettings, architecture: str, arguments: dict[str, Any]
+) -> tuple[nn.Module, str]:
+    """A model with timm's pretrained weights, or random ones, which depend on the seed only; and what they are."""
+    drop_path = getattr(settings, "drop_path", 0.0)
+    extra = {"drop_path_rate": drop_path} if drop_path else {}
+    with seeded(settings.seed, "init"):
+        if settings.init == "pretrained" and not _is_demo(settings):
+            return pretrained(architecture, arguments | extra, FRESH)
+        return create(architecture, arguments | extra), "random weights"
+
+
+def _class_pool(settings: Settings | PretrainSettings, model: nn.Module) -> dict[str, Any]:
+    """timm arguments that let the classifier read the class token; none where it does, or the user has decided."""
+    options: dict[str, Any] = getattr(settings, "guide_args", {})
+    if getattr(settings, "guide", "none") not in CLASS_ROW_GUIDES or "global_pool" in settings.model_args:
+        return {}
+    if options.get("average_pooled") or options.get("query", "class") != "class":
+        return {}
+    if getattr(model, "cls_token", None) is None or getattr(model, "global_pool", None) not in ("avg", "avgmax", "max"):
+        return {}
+    pool: dict[str, Any] = {"global_pool": "token"}
+    if isinstance(getattr(model, "fc_norm", None), nn.modules.normalization.LayerNorm):
+        # the norm stays behind the pool: pretrained weights have it there
+        pool["fc_norm" if isinstance(model, timm.models.VisionTransformer) else "use_fc_norm"] = True
+    return pool
 
 
 def resolve(settings: Settings | PretrainSettings) -> tuple[str, dict[str, Any]]:
@@ -118,7 +167,7 @@ def read_model(folder: Path) -> nn.Module:
     from safetensors.torch import load_file
 
     card = read_card(folder)
-    model = _create(card["architecture"], card["arguments"])
+    model = create(card["architecture"], card["arguments"])
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:
@@ -142,10 +191,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "foveal": __version__, **{name: version(name) for name in names}}
 
 
-def _create(architecture: str, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
+def create(architecture: str, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """timm.create_model. Raises SettingsError for an argument, or a value, that the architecture does not take."""
     try:
         model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except (TypeError, ValueError) as error:  # an argument, or a value, that the architecture does not take
+    except (TypeError, ValueError) as error:
         raise SettingsError(f"{architecture} cannot be built with {arguments}: {error}") from None
     return model
 
@@ -155,8 +205,8 @@ def pretrained(architecture: str, arguments: dict[str, Any], remedy: str) -> tup
     if ":" not in architecture and not timm.is_model_pretrained(architecture):
         raise RunError(f"timm has no pretrained weights for {architecture}: {remedy}")
     try:
-        with _patience():
-            model = _create(architecture, arguments, pretrained=True)
+        with patience():
+            model = create(architecture, arguments, pretrained=True)
     except (OSError, ConnectionError) as error:
         raise RunError(
             f"the pretrained weights of {architecture} are neither on this machine nor can they be downloaded"
@@ -169,26 +219,3 @@ def pretrained(architecture: str, arguments: dict[str, Any], remedy: str) -> tup
         ) from error
     tag = getattr(model, "pretrained_cfg", {}).get("tag") or "default"
     return model, f"pretrained weights {architecture.partition('.')[0]}.{tag}"
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Offline, the hub's client asks for most of a minute before it looks at its cache: spare the user that."""
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        constants.HF_HUB_OFFLINE = offline or not _reachable(constants.ENDPOINT)
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _reachable(address: str) -> bool:
-    if urllib.request.getproxies():
-        return True  # a proxy resolves names for us
-    try:
-        socket.getaddrinfo(address.partition("//")[2].partition("/")[0].partition(":")[0], 443)
-    except OSError:
-        return False
-    return True

@@ -1,11 +1,13 @@
 """Weights to start from: any file with a ViT's tensors in it, put into a timm model and accounted for.
 
-Read are foveal run folders, safetensors, and PyTorch files whose tensors lie at the top or under `state_dict`,
-`model`, `teacher` or `student`, with any prefix (`module.`, `backbone.`, `module.backbone.`, ...); and the checkpoints
-of the Compact-Transformers authors, whose names are other ones.
+Which files are read, `weight_files` says. Names may carry a prefix (`module.`, `backbone.`, `module.backbone.`, ...);
+those of the Compact-Transformers authors, of DINOv2's and DINOv3's, and of transformers become timm's. What cannot
+compute as it did in its own model is refused, with the model that it would fit.
 """
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveal.models.compact import CompactTransformer
+from foveal.models.converted import check_arithmetic, converted, vision_config
+from foveal.models.likeness import likeness
 from foveal.models.official import is_official, renamed
+from foveal.models.published import under_timm_names
 from foveal.train.errors import RunError
-from foveal.train.files import read_tensors
 from foveal.train.optimise import classifier_parameters
+from foveal.train.weight_files import WeightFile, read_weights
 
-PLACES = ("state_dict", "model", "teacher", "student")
+# of the file: a model without them computes something else.  of the model: with random ones it looks nowhere
+FILE_PARTS = ("blocks.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
+MODEL_PARTS = ("blocks.", "cls_token", "pos_embed", "patch_embed.", "norm_pre.")
+TABLES = ("relative_position_index", "bias_mask", "rope", "num_batches_tracked")  # computed or counted, not learnt
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Loaded:
 
     loaded, resized: names now filled from the file (resized: position embeddings brought to the model's grid).
     fresh: names of the model that keep their random start.  unused: names of the file that the model lacks.
+    prefix: what the names in the file begin with ("module.backbone.").  notes: what else should be known, in words.
+    mean, std: how the images of the file's model were normalised, where the file tells.
     """
 
     source: str
@@ -34,9 +44,14 @@ class Loaded:
     resized: tuple[str, ...]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
+    prefix: str = ""
+    notes: tuple[str, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors from {self.source}"]
+        under = f", under {self.prefix.rstrip('.')}" if self.prefix else ""
+        parts = [f"{len(self.loaded)} tensors from {self.source}{under}"]
         if self.resized:
             parts.append(f"resized: {_some(self.resized)}")
         if self.fresh:
@@ -47,46 +62,20 @@ class Loaded:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> Loaded:
-    """Fill a timm `model` from a file or a foveal run folder, in place.
+    """Fill a timm `model` from a file, a foveal run folder or a transformers model, in place.
 
-    The classifier is left as it is when the class counts differ. Position embeddings of another grid are
-    resampled. Raises RunError for a file that cannot be read, tensors of other shapes (another architecture), or
-    when less than half of the model below its classifier is found.
+    path: see weight_files.  The classifier is left as it is when the class counts differ. Position embeddings of
+    another grid are resampled. Raises RunError for a file that cannot be read, one of another architecture (tensors of
+    other shapes, blocks or tokens that one of the two lacks), or when less than half of the model below its classifier
+    is found.
     """
-    source, found = read_weights(path)
-    return fill(model, found, source)
+    return fill(model, read_weights(path))
 
 
-def read_weights(path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Where the tensors were found ("file", or "file[teacher]"), and the tensors by name."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / "model.safetensors"
-        if not path.is_file():
-            raise RunError(f"{path.parent} is not a finished run: it has no model.safetensors")
-    if not path.is_file():
-        raise RunError(f"there is no file {path} to start from (init: pretrained, none, demo, a file, or a run folder)")
-    if path.suffix == ".safetensors":
-        return str(path), _safetensors(path)
-    content, place = read_tensors(path), ""
-    for name in PLACES:
-        if isinstance(content.get(name), dict):
-            content, place = content[name], f"[{name}]"
-            break
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise RunError(f"{path} holds no tensors by name (looked at the top and under {', '.join(PLACES)})")
-    return f"{path}{place}", tensors
-
-
-def fill(model: nn.Module, found: dict[str, Tensor], source: str) -> Loaded:
-    """Copy the tensors of `found` that belong to `model` into it; see load_weights."""
+def fill(model: nn.Module, file: WeightFile) -> Loaded:
+    """Copy the tensors of a file that belong to `model` into it; see load_weights."""
     own = model.state_dict()
-    if is_official(found):
-        try:
-            found = renamed(found)
-        except ValueError as error:
-            raise RunError(f"{source} cannot be read: {error}") from None
+    found, notes = _named_as_timm(model, file)
     prefix = common_prefix(found, own)
     named = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     head = classifier_names(model)
@@ -103,29 +92,101 @@ def fill(model: nn.Module, found: dict[str, Tensor], source: str) -> Loaded:
             resized.append(name)
         else:
             foreign.append(f"{name} {tuple(tensor.shape)} here, {tuple(own[name].shape)} in the model")
+    remedy = _remedy(named, file.config)
     if foreign:
-        raise RunError(
-            f"{source} is of another architecture: {_some(sorted(foreign))}; set model (and image_size) to match"
-        )
+        raise RunError(f"{file.source} is of another architecture: {_some(sorted(foreign))}; {remedy}")
     body = own.keys() - head
     if len(taken.keys() & body) < len(body) / 2:
         raise RunError(
-            f"{source} does not fit the model: {len(taken.keys() & body)} of {len(body)} tensors found; the file has"
-            f" {_some(sorted(found))}, the model {_some(sorted(body))}"
+            f"{file.source} does not fit the model: {len(taken.keys() & body)} of {len(body)} tensors found; the file"
+            f" has {_some(sorted(found))}, the model {_some(sorted(body))}"
         )
+    differing = _differing(model, named, taken)
+    if differing:
+        raise RunError(f"{file.source} is of another architecture: {'; '.join(differing)}; {remedy}")
     model.load_state_dict(taken, strict=False)
     order = list(own)
     return Loaded(
-        source=source,
+        source=file.source,
         loaded=tuple(name for name in order if name in taken),
         resized=tuple(resized),
         fresh=tuple(name for name in order if name not in taken),
         unused=tuple(sorted(name for name in found if name.removeprefix(prefix) not in taken)),
+        prefix=prefix,
+        notes=notes,
+        mean=file.mean,
+        std=file.std,
     )
 
 
+def classes_of(model: nn.Module, file: WeightFile) -> int:
+    """How many classes the classifier in a file tells apart; 0 where it has none that `model` could run."""
+    found, _ = _named_as_timm(None, file)
+    weight = found.get(f"{common_prefix(found, model.state_dict())}head.weight")
+    width = getattr(model, "num_features", None)
+    return weight.shape[0] if weight is not None and weight.dim() == 2 and weight.shape[1] == width else 0
+
+
+def _named_as_timm(model: nn.Module | None, file: WeightFile) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The file's tensors under timm's names, and what differs without harm. model: what they must compute like."""
+    try:
+        if file.config is not None:
+            notes = () if model is None else check_arithmetic(model, file.config)
+            return converted(file.tensors, file.config), notes
+        if is_official(file.tensors):
+            return renamed(file.tensors), ()
+    except ValueError as error:
+        hint = ""
+        if model is not None and file.config is not None and not _unknown(file):
+            hint = f"; {_remedy(converted(file.tensors, file.config), file.config)}"
+        raise RunError(f"{file.source} cannot be used: {error}{hint}") from None
+    return under_timm_names(file.tensors), ()
+
+
+def _unknown(file: WeightFile) -> bool:
+    """Whether a transformers model cannot be converted at all."""
+    try:
+        converted(file.tensors, file.config or {})
+    except ValueError:
+        return True
+    return False
+
+
+def _differing(model: nn.Module, named: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> list[str]:
+    """Parts of the body that only one of file and model has, in words; none where they compute the same."""
+    depths = [
+        1 + max((int(m[1]) for n in names if (m := re.match(r"blocks\.(\d+)\.", n))), default=-1)
+        for names in (named, model.state_dict())
+    ]
+    if min(depths) > 0 and depths[0] < depths[1]:
+        return [f"{depths[0]} blocks here, {depths[1]} in the model"]
+    deeper = tuple(f"blocks.{i}." for i in range(depths[1], depths[0]))  # a model may take the first of them
+    lacking = [n for n, _ in model.named_parameters() if n.startswith(MODEL_PARTS) and n not in taken]
+    spare = [
+        n
+        for n, tensor in named.items()
+        if n.startswith(FILE_PARTS)
+        and n not in taken
+        and not n.startswith(deeper)
+        and not any(table in n for table in TABLES)
+        and (not n.endswith("bias") or bool(tensor.any()))  # a bias of zeros adds nothing
+    ]
+    words = [f"the model has no {_some(sorted(spare))}"] if spare else []
+    return [*words, f"the file has no {_some(sorted(lacking))}"] if lacking else words
+
+
+def _remedy(named: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> str:
+    """Which model would fit."""
+    config = {} if config is None else vision_config(config)
+    fitting = likeness(named, config.get("num_attention_heads"), config.get("hidden_act") == "quick_gelu")
+    return f"it is {fitting}" if fitting else "set model (and image_size) to match"
+
+
 def common_prefix(found: dict[str, Any], own: dict[str, Any]) -> str:
-    """The prefix under which most of the model's names appear among the file's: "" or "module.backbone." """
+    """The prefix under which most of the model's names appear among the file's: "" or "module.backbone."
+
+    Of a teacher and a student in one dictionary, the teacher.
+    """
     seen: Counter[str] = Counter()
     for name in found:
         start = 0
@@ -133,24 +194,13 @@ def common_prefix(found: dict[str, Any], own: dict[str, Any]) -> str:
             if name[start:] in own:
                 seen[name[:start]] += 1
             start = name.find(".", start) + 1 or -1
-    return max(seen, key=lambda prefix: (seen[prefix], -len(prefix)), default="")
+    return max(seen, key=lambda prefix: (seen[prefix], "teacher" in prefix, -len(prefix)), default="")
 
 
 def classifier_names(model: nn.Module) -> set[str]:
     """Names of the classifier's tensors in the state of a timm model."""
     own = {id(parameter) for parameter in classifier_parameters(model)}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"cannot read {path}: {error}") from None
-    return tensors
 
 
 def _resampled(tensor: Tensor, wanted: Tensor, model: nn.Module) -> Tensor | None:
@@ -170,7 +220,7 @@ def _resampled(tensor: Tensor, wanted: Tensor, model: nn.Module) -> Tensor | Non
     return fitted
 
 
-def _some(names: Any, most: int = 4) -> str:
+def _some(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
