@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 # makes a small model's step ten times as long as soon as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from foveal.cli import compare, demo, evaluate, explain, maps, predict, pretrain, supported, train
+from foveal.cli import compare, demo, evaluate, explain, maps, predict, pretrain, supported, sweep, train
 from foveal.cli.flags import Parser, UsageError
 
 COMMANDS = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "sweep": sweep,
     "maps": maps,
     "pretrain": pretrain,
     "evaluate": evaluate,
@@ -33,6 +34,7 @@ USAGE = {
     "demo": "foveal demo [--seeds N] [--out FOLDER] [--jobs N] [--again]",
     "train": "foveal train DATA [--config RECIPE] [--resume | --overwrite] [settings]",
     "compare": "foveal compare DATA [--mix MIX...] [--guide GUIDE...] [--label-fraction X...] [--seeds N] [settings]",
+    "sweep": "foveal sweep DATA --guide GUIDE [--weights X...] [--seeds N] [--config RECIPE] [settings]",
     "maps": "foveal maps PHOTOS [--map MAP] [--model MODEL] [--masks FOLDER] [--out FOLDER] [settings]",
     "pretrain": "foveal pretrain DATA [--map MAP] [--config RECIPE] [--resume | --overwrite] [settings]",
     "evaluate": "foveal evaluate RUN [DATA] [--knn] [--linear] [--logistic] [--tokens T] [--block N...] [settings]",

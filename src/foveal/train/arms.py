@@ -1,10 +1,12 @@
 """The arms of a comparison, from words: every combination of the listed mixers, guides and label fractions.
 
-    cutmix    tdattenmix:map=label_biased,map.sigma=0.5,beta=0.1    gta:weight=10    0.15
+    cutmix    tdattenmix:map=label_biased,map.sigma=0.5,beta=0.1    gta:weight=10,match=centred    0.15
 
 In a mixer's words `map`, `map_model` and `map_warmup` are settings of the run, `map.KEY` is a setting of the map, and
 the rest are settings of the mixer; `token_mix=horizontal` mixes tokens on top of it, `token.KEY` is a setting of
-that. Each fraction of the labels has its own baseline: the first combination listed.
+that. In a guide's words `weight`, `schedule`, `source`, `tune` and `head_start` are settings of the run, `tune.KEY` is
+a setting of what is tuned, and the rest are settings of the guide; `none:tune=head` guides nothing and trains the head
+alone. Each fraction of the labels has its own baseline: the first combination listed.
 """
 
 import itertools
@@ -15,10 +17,18 @@ from typing import Any
 
 from foveal.train.errors import SettingsError
 from foveal.train.names import unknown
-from foveal.train.settings import Settings
+from foveal.train.settings import LORA, Settings
 
 MAP = ("map", "map_args", "map_model", "map_warmup")  # settings that only a mixer that follows a map may have
 TOKENS = ("token_mix", "token_mix_args")
+GUIDE = {  # in a guide's words -> settings of the run
+    "weight": "guide_weight",
+    "schedule": "guide_schedule",
+    "source": "guide_source",
+    "tune": "tune",
+    "head_start": "head_start",
+}
+GUIDING = ("guide_weight", "guide_args", "guide_schedule", "guide_source")  # settings that only a guided arm may have
 OWN = ("mix_args", *TOKENS, *MAP)  # settings that belong to one mixer
 
 
@@ -62,10 +72,11 @@ def arms_of(
         first = None
         for mix, guide in itertools.product(mixed, guided):
             values = {name: value for name, value in common.items() if name not in OWN}
-            values |= _own(mix, common, said) | {"guide": guide.kind} | guide.values
+            values |= _own(mix, common, said)
+            values = _guided(values, guide, said)
             if fraction is not None and fraction != 1:
                 values["label_fraction"] = fraction
-            name = mix.name + (f"+{guide.name}" if guide.kind != "none" else "") + _share(fraction)
+            name = mix.name + (f"+{guide.name}" if guide.name != "none" else "") + _share(fraction)
             if name in settings:
                 raise SettingsError(f"arm {name} is listed twice")
             settings[name] = Settings.from_dict(values)
@@ -89,6 +100,23 @@ def _own(mix: Spoken, common: Mapping[str, Any], recipe: Mapping[str, Any]) -> d
         if values.get(name) != before.get(name):  # another one has other settings
             values[f"{name}_args"] = mix.values.get(f"{name}_args", {})
     return values
+
+
+def _guided(values: dict[str, Any], guide: Spoken, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an arm with its guide: what its words say before the flags; of a recipe only for the same guide."""
+    same = guide.kind == recipe.get("guide", "none")
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in GUIDING or (guide.kind != "none" and (same or value != recipe.get(name)))
+    }
+    for name in ("guide_args", "tune_args"):
+        said = {**(kept.get(name) or {}), **guide.values.get(name, {})}
+        kept[name] = {key: value for key, value in said.items() if name == "tune_args" or key in _options(guide.kind)}
+    kept |= {"guide": guide.kind} | {name: v for name, v in guide.values.items() if not name.endswith("_args")}
+    if kept.get("tune", "all") != "lora" and "tune" in guide.values:
+        kept["tune_args"] = guide.values.get("tune_args", {})  # another way to tune has other settings
+    return {name: value for name, value in kept.items() if name not in ("guide_args", "tune_args") or value}
 
 
 def _mixer(text: str) -> Spoken:
@@ -118,11 +146,28 @@ def _mixer(text: str) -> Spoken:
 
 def _guide(text: str) -> Spoken:
     kind, pairs = _words(text)
-    for key in pairs:
-        if key != "weight" or kind == "none":
-            raise SettingsError(unknown(f"setting of guide {kind}", key, [] if kind == "none" else ["weight"]))
-    values = {"guide_weight": pairs["weight"][0]} if pairs else {}
-    return Spoken(kind, "-".join([kind, *(f"{key}={written}" for key, (_, written) in pairs.items())]), values)
+    values: dict[str, Any] = {"guide_args": {}, "tune_args": {}}
+    known = [*GUIDE, *(f"tune.{name}" for name in LORA), *_options(kind)]
+    for key, (value, _) in pairs.items():
+        if key not in known or (kind == "none" and key in ("weight", "schedule", "source")):
+            raise SettingsError(unknown(f"setting of guide {kind}", key, known))
+        if key in GUIDE:
+            values[GUIDE[key]] = value
+        elif key.startswith("tune."):
+            values["tune_args"][key.removeprefix("tune.")] = value
+        else:
+            values["guide_args"][key] = value
+    said = [f"{key}={written}" for key, (_, written) in pairs.items()]
+    name = "-".join(said if kind == "none" and said else [kind, *said])
+    return Spoken(kind, name, {key: value for key, value in values.items() if value != {}})
+
+
+def _options(kind: str) -> list[str]:
+    """What the guide itself takes; nothing for a name that is not known, which Settings tells."""
+    from foveal.train.guiding import options_of
+    from foveal.transfer import GUIDES
+
+    return options_of(kind) if kind in GUIDES else []
 
 
 def _words(text: str) -> tuple[str, dict[str, tuple[Any, str]]]:

@@ -34,11 +34,24 @@ from foveal.train.optimise import Average
 from foveal.train.precision import choose
 from foveal.train.run import read_json
 from foveal.train.settings import Settings
+from foveal.train.tuning import choose_trained
 
 STEPS = 8  # of a round: a mixer that takes turns shows both sides
 ROUNDS = (3, 7)  # fewest, most
+MODEL = ("model", "model_args", "image_size", "init", "tune", "tune_args")  # arms that agree in these share a model
+GUIDING = ("guide", "guide_weight", "guide_args", "guide_source", "token_mix", "token_mix_args")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-ELSEWHERE = ("seed", "out", "name", "label_fraction", "per_class", "data_seed", "epochs", "map_warmup")  # no cost
+ELSEWHERE = (
+    "seed",
+    "out",
+    "name",
+    "label_fraction",
+    "per_class",
+    "data_seed",
+    "epochs",
+    "map_warmup",
+    "head_start",
+)  # no cost
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def measure_costs(arms: Mapping[str, Settings], baseline_of: Mapping[str, str], 
         with contextlib.ExitStack() as stack:
             for arm, settings in chosen.items():
                 try:
-                    of_model = json.dumps([settings.model, settings.model_args, settings.image_size, settings.init])
+                    of_model = json.dumps({n: v for n, v in settings.as_dict().items() if n in MODEL})
                     if of_model not in benches:
                         benches[of_model] = _Bench(settings, data, device)
                         stack.enter_context(benches[of_model].attached())
@@ -188,6 +201,7 @@ class _Bench:
     def __init__(self, settings: Settings, data: Data, device: torch.device) -> None:
         self.data, self.device = data, device
         self.built: Built = build(settings, len(data.classes))
+        choose_trained(settings, self.built)
         self.built.model.to(device).train()
         self.precision = choose(settings.precision, device, self.built.model)
         batches = Batches(
@@ -214,16 +228,17 @@ class _Bench:
 
     def step(self, settings: Settings) -> Step:
         """A training step of an arm: on the first images of the batch, with the draws of a number."""
-        from foveal.train.fitting import guide_of, mixer_of
+        from foveal.train.fitting import mixer_of
+        from foveal.train.guiding import guide_of
         from foveal.train.task import Classify
 
         settings = settings.replace(map_warmup=0)  # what a step costs once the map is trusted
         model = self.built.model
         average = Average(model, settings.ema) if settings.ema else None
         mixer = mixer_of(settings, self.built, self.data, average)
-        guide = json.dumps([settings.guide, settings.guide_weight, settings.token_mix, settings.token_mix_args])
+        guide = json.dumps({name: value for name, value in settings.as_dict().items() if name in GUIDING})
         if guide not in self.guides:
-            self.guides[guide] = guide_of(settings, model, mixer)
+            self.guides[guide] = guide_of(settings, self.built, self.data, mixer, self.device)
         task = Classify(
             model,
             settings,
@@ -236,7 +251,7 @@ class _Bench:
         )
         task.to(self.device)
         # a token mixer may have parameters of its own
-        kind = json.dumps([settings.optimizer, settings.token_mix, settings.token_mix_args])
+        kind = json.dumps([settings.optimizer, settings.token_mix, settings.token_mix_args, settings.guide])
         optimizer = self.optimizers.get(kind)
         if optimizer is None:
             optimizer = self.optimizers[kind] = task.configure_optimizers()
@@ -250,6 +265,8 @@ class _Bench:
                 total = torch.stack(list(losses.values())).sum()
             total.backward()
             optimizer.step()
+            if task.guide is not None:
+                task.guide.after_step(model, optimizer)
             optimizer.zero_grad(set_to_none=True)
 
         return run

@@ -9,19 +9,24 @@ import json
 import warnings
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from foveal.attention import attach, supported
-from foveal.data import Data, DataWarning, load, subset
+from foveal.data import Data, DataWarning, listed, load, subset
+from foveal.data.batches import Batches
 from foveal.data.order import step_sizes
-from foveal.mix import MIXERS, TOKEN_MIXERS, TokenMixer, token_mixer
+from foveal.data.splits import hold_out
+from foveal.mix import MIXERS, TOKEN_MIXERS, token_mixer
 from foveal.train import memory, outcome
+from foveal.train.drift import Drift, SourceQuality, readable
 from foveal.train.errors import SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
+from foveal.train.guiding import guide_of
 from foveal.train.loop import Epochs, batches_of, stoppable, train, workers_for
 from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.mapping import source_of
@@ -33,33 +38,60 @@ from foveal.train.record import Record, Tell
 from foveal.train.run import Run
 from foveal.train.settings import Settings
 from foveal.train.task import Classify
-from foveal.transfer import GUIDES
+from foveal.train.tuning import choose_trained, merged, start_head
+from foveal.transfer import GTA, Guide
 
 
-def fit(settings: Settings, resume: bool = False, overwrite: bool = False, progress: bool | Tell = False) -> Run:
+def fit(
+    settings: Settings,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | Tell = False,
+    tested: bool = True,
+) -> Run:
     """Train, select on validation, report on the test sets; the finished run.
 
     resume: continue an unfinished run from its last finished epoch; on the CPU the final weights are bit for bit
     those of a run that was never stopped. overwrite: remove a run that is in the folder. progress: show it on
-    stderr, or call this with each epoch's row of metrics.csv. Raises SettingsError, foveal.data.DataError,
+    stderr, or call this with each epoch's row of metrics.csv. tested: report on the test sets; else on the validation
+    images alone, for choices that must not know the tests. Raises SettingsError, foveal.data.DataError,
     RunError (weights, folder or disk), DivergedError, and Interrupted after Ctrl-C.
     """
     with stoppable(settings):
-        return _fit(settings, resume, overwrite, progress)
+        return _fit(settings, resume, overwrite, progress, tested)
 
 
 def load_data(settings: Settings) -> Data:
-    """The data of a run, with the subset of the training images that the settings ask for."""
+    """The data of a run, with the subset of the training images that the settings ask for.
+
+    What is held out for selection is taken from that subset, so that no label outside of it is used.
+    """
     seed = settings.seed if settings.data_seed is None else settings.data_seed
     data = load(settings.data, seed=seed, image_size=settings.image_size)
-    if settings.label_fraction is None and settings.per_class is None:
-        return data
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
-        index = subset(data.train, share=settings.label_fraction, per_class=settings.per_class, seed=seed)
-    notes = [str(warning.message) for warning in caught]
-    notes.append(f"{len(index):,} of {len(data.train):,} training images used")
-    return replace(data, train=data.train.subset(index), notes=(*data.notes, *notes))
+    notes = list(data.notes)
+    train = data.train
+    if not settings.label_fraction == settings.per_class == settings.train_list:  # None: all
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DataWarning)
+            if settings.train_list is not None:
+                index = listed(train, lines_of(settings.train_list))
+            else:
+                index = subset(train, share=settings.label_fraction, per_class=settings.per_class, seed=seed)
+        notes += [str(warning.message) for warning in caught]
+        notes.append(f"{len(index):,} of {len(train):,} training images used")
+        train = train.subset(index)
+    if settings.held_out is None:
+        return replace(data, train=train, notes=tuple(notes))
+    parts, how = hold_out(train, {"val": round(100 * settings.held_out)}, seed)
+    return replace(data, train=parts["train"], val=parts["val"], notes=(*notes, f"for selection {how}"))
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a text file. Raises SettingsError where it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read train_list={path}: {error}") from None
 
 
 def mixer_of(settings: Settings, built: Built, data: Data, average: Average | None = None) -> Any:
@@ -78,27 +110,7 @@ def mixer_of(settings: Settings, built: Built, data: Data, average: Average | No
     return token_mixer(settings.token_mix, mixer, **options, seed=settings.seed)
 
 
-def guide_of(settings: Settings, model: torch.nn.Module, mixer: Any = None) -> Any:
-    """The guide that the settings name, its source the weights `model` has now; None for none or weight 0.
-
-    mixer: where it mixes tokens of images inside the model, the guide keeps to the blocks before: the source sees none
-    of that. Raises SettingsError where no block is left.
-    """
-    kind = GUIDES[settings.guide]
-    if kind is None or settings.guide_weight == 0:
-        return None
-    first = mixer.first_mixed_block(model) if isinstance(mixer, TokenMixer) else None
-    if first is None:
-        return kind(source=model, weight=settings.guide_weight)
-    if first == 0:
-        raise SettingsError(
-            f"token_mix={settings.token_mix} mixes before the first block, so guide={settings.guide} has nothing to"
-            " compare: mix at a later block (token_mix_args), or leave one of them out"
-        )
-    return kind(source=model, weight=settings.guide_weight, layers=range(first))
-
-
-def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tell) -> Run:
+def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tell, tested: bool) -> Run:
     if not settings.data:
         raise SettingsError("no data given: a folder of class folders, a .npz pack, scenes, digits, cifar10, ...")
     folder = settings.folder
@@ -109,13 +121,19 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
     device = device_of(settings.device)
     memory.begin(device)
     data = load_data(settings)
+    if not tested:
+        data = replace(data, tests={"val": data.val})
     built = build(settings, len(data.classes))
+    if settings.head_start == "probe" and not (resume and (folder / "checkpoints" / "last.ckpt").is_file()):
+        start_head(settings, built, data, device)
+    choose_trained(settings, built)
     precision = choose(settings.precision, device, built.model)
     count, nodes = processes(settings.devices)
     world = count * nodes
     sizes = step_sizes(len(data.train), settings.batch_size, world, settings.accumulate)
     average = Average(built.model, settings.ema) if settings.ema else None
     mixer = mixer_of(settings, built, data, average)
+    guide = guide_of(settings, built, data, mixer, device)
     task = Classify(
         built.model,
         settings,
@@ -123,8 +141,9 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         sizes=sizes,
         parts=world * settings.accumulate,
         mixer=mixer,
-        guide=guide_of(settings, built.model, mixer),
+        guide=guide,
         average=average,
+        watches=settings.init != "none" and readable(built.model) is not None,
     )
     record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)
     show = Show(record) if progress is True else None
@@ -144,6 +163,9 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         batches = batches_of(settings, data, built.image, trainer, settings.randaugment)
         if show is not None and trainer.is_global_zero:
             show.begin(data, built, _how(settings), f"{device} in {precision}", checkpoint)
+        quality = _watch(task, guide, batches[1], trainer.strategy.root_device)
+        if show is not None and trainer.is_global_zero and quality is not None:
+            show.source(quality)
         if supported(built.model):
             stack.enter_context(attach(built.model))
         stack.enter_context(quiet_lightning())
@@ -151,22 +173,42 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
     with contextlib.ExitStack() as stack:
         if trainer.is_global_zero:
             stack.enter_context(locked(folder))
-        _finish(settings, data, built, task, trainer, precision, batches[0])
+        _finish(settings, data, built, task, trainer, precision, batches[0], quality)
     return Run.load(folder)
 
 
 def _how(settings: Settings) -> str:
-    parts = (settings.mix, settings.token_mix, settings.guide)
+    tuned = "none" if settings.tune == "all" else f"{settings.tune} alone"
+    probed = "none" if settings.head_start == "random" else "a probe's head"
+    parts = (settings.mix, settings.token_mix, settings.guide, tuned, probed)
     return " + ".join(part for part in parts if part != "none") or "plain"
 
 
+def _watch(task: Classify, guide: Guide | None, batches: Batches, device: torch.device) -> SourceQuality | None:
+    """Look at the validation images with the source, before the first step: what the drift is measured from."""
+    if "drift" not in task.extras:
+        return None
+    source = guide.source if isinstance(guide, GTA) and guide.source is not None else task.model
+    drift = Drift.of(source.to(device), batches)
+    task.watch(drift)
+    return None if drift is None else drift.quality
+
+
 def _finish(
-    settings: Settings, data: Data, built: Built, task: Classify, trainer: Any, precision: str, train: Epochs
+    settings: Settings,
+    data: Data,
+    built: Built,
+    task: Classify,
+    trainer: Any,
+    precision: str,
+    train: Epochs,
+    quality: SourceQuality | None,
 ) -> None:
     """Take the best weights, write the model, test it, and close the run with results.json."""
     folder, device, first = settings.folder, trainer.strategy.root_device, trainer.is_global_zero
     best = Record(folder, task, len(data.train)).best(task.best["epoch"])
     built.model.load_state_dict(load_file(best))
+    built = merged(built)
     built.model.to(device).eval()
     sets: dict[str, Any] = {}
     for name, images in data.tests.items():
@@ -196,11 +238,14 @@ def _finish(
     results = {
         "sets": sets,
         "bg_gap": outcome.bg_gap(sets),
+        "drift": chosen.get("drift"),
+        "source": None if quality is None else quality.told(),
         "val": {name: chosen[f"val_{name}"] for name in ("accuracy", "balanced_accuracy", "loss")},
         "best_epoch": task.best["epoch"],
         "epochs": settings.epochs,
         "images": len(data.train),
         "parameters": sum(p.numel() for p in built.model.parameters()),
+        "trained": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": trainer.world_size,
         "precision": precision,

@@ -28,6 +28,7 @@ class Task(lightning.LightningModule):  # type: ignore[misc]  # Lightning is not
     """
 
     validates: ClassVar[tuple[str, ...]]  # names of the validation's scores, in order
+    extras: tuple[str, ...] = ()  # what an epoch tells besides, see extra
 
     def __init__(
         self,
@@ -58,6 +59,10 @@ class Task(lightning.LightningModule):  # type: ignore[misc]  # Lightning is not
     @abstractmethod
     def validated(self) -> dict[str, float]:
         """Scores by `validates` over all processes' images, the same for any number of processes."""
+
+    def extra(self) -> dict[str, float | None]:
+        """What else is known of the finished epoch, by `extras`, the same for any number of processes."""
+        return {}
 
     @abstractmethod
     def is_better(self, scores: dict[str, float]) -> bool:

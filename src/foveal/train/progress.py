@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from foveal.data import Data
 from foveal.data.errors import counted
+from foveal.train.drift import SourceQuality
 from foveal.train.measured import Task
 from foveal.train.models import Built
 from foveal.train.record import Record
@@ -41,6 +42,13 @@ class Show(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed 
         say(f"train  {how}, {epochs} epochs on {where} -> {self.record.folder}")
         if checkpoint is not None:
             say(f"       continuing from {checkpoint}")
+
+    def source(self, quality: SourceQuality) -> None:
+        """Say how well the source looks at the objects, where that is known, and warn where it does not."""
+        if quality.pointing is not None:
+            self._say(f"source {quality}")
+        if quality.warning and self.record.task.settings.guide != "none":
+            self._say(f"       warning: {quality.warning}")
 
     def maps(self, name: str) -> Callable[[int, int], None]:
         """What to call with (done, to do) while maps are made."""

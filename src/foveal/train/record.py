@@ -33,7 +33,7 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         trained = tuple(f"train_{name}" for name in task.columns)
         validated = tuple(f"val_{name}" for name in task.validates)
         self.metrics = Table(
-            folder / "metrics.csv", ("epoch", "lr", *trained, *validated, "seconds", "images_per_second")
+            folder / "metrics.csv", ("epoch", "lr", *trained, *validated, *task.extras, "seconds", "images_per_second")
         )
         self.steps = Table(folder / "steps.csv", ("epoch", "step", "lr", *task.columns))
         self.board: Any = None
@@ -73,9 +73,10 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
     def on_train_epoch_end(self, trainer: lightning.Trainer, task: Task) -> None:
         """Write the epoch down, checkpoint last."""
         curve, scores, epoch = task.epoch_curve(), task.validated(), trainer.current_epoch + 1
+        extra = task.extra()
         better = task.is_better(scores)
         if trainer.is_global_zero:
-            self._write_rows(task, epoch, curve, scores)
+            self._write_rows(task, epoch, curve, scores, extra)
         if better:
             task.best = {"epoch": epoch} | scores
             if trainer.is_global_zero:
@@ -102,7 +103,9 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
             self.board.close()
             self.board = None
 
-    def _write_rows(self, task: Task, epoch: int, curve: Tensor, scores: dict[str, float]) -> None:
+    def _write_rows(
+        self, task: Task, epoch: int, curve: Tensor, scores: dict[str, float], extra: dict[str, float | None]
+    ) -> None:
         first = (epoch - 1) * task.steps
         rates = [task.lr * task.rate(first + step) for step in range(task.steps)]
         rows: list[Row] = [
@@ -120,7 +123,7 @@ class Record(lightning.Callback):  # type: ignore[misc]  # Lightning is not type
         mean = (curve.double().nan_to_num() * sizes).sum(0) / sizes.sum(0)
         row: Row = {"epoch": epoch, "lr": rates[-1]}
         row |= {f"train_{name}": _or_none(float(value)) for name, value in zip(task.columns, mean, strict=True)}
-        row |= {f"val_{name}": value for name, value in scores.items()}
+        row |= {f"val_{name}": value for name, value in scores.items()} | extra
         row |= {
             "seconds": time.perf_counter() - self.started,
             "images_per_second": self.images / self.trained if self.trained > 0 else None,

@@ -1,6 +1,7 @@
 """Settings: everything that decides a training run, written once. Importing this file is cheap: no torch."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -8,6 +9,9 @@ from typing import Any, ClassVar, Literal
 from foveal.train.errors import SettingsError
 from foveal.train.names import unknown
 from foveal.train.plain import Plain, Ranges, setting
+
+TUNES = ("all", "head", "attention", "bias", "lora")  # and last-K
+LORA = ("rank", "alpha", "dropout", "targets")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,10 @@ class Settings(Plain):
     data_seed: int | None = setting(0, "seed of the split, the subset and made images; null: the run's seed")
     label_fraction: float | None = setting(None, "train on this share of the images of each class, in (0, 1]")
     per_class: int | None = setting(None, "train on this many images of each class")
+    train_list: str | None = setting(None, "train on the images that this text file names, one per line")
+    held_out: float | None = setting(
+        None, "select on this share of those images, held out class by class, instead of on the validation images"
+    )
 
     model: str = setting("vit_small_patch16_224", "a timm model, with or without a weights tag; or demo")
     model_args: dict[str, Any] = setting({}, "further arguments of timm.create_model, such as {depth: 4}")
@@ -38,8 +46,18 @@ class Settings(Plain):
         "none", "mixing inside the model, on top of mix: none, horizontal, vertical, both, manifold, alignmix"
     )
     token_mix_args: dict[str, Any] = setting({}, "settings of the token mixer, such as {horizontal: 1, rho_unit: mean}")
-    guide: str = setting("none", "guidance towards the attention of the initial weights: none, gta")
-    guide_weight: float = setting(1.0, "weight of the guidance loss beside the task loss")
+    guide: str = setting("none", "a term beside the task's loss: none, gta, l2_sp, delta, bss, co_tuning, ...")
+    guide_weight: float | None = setting(None, "factor of the guide's term; null: the method's own (gta: 1)")
+    guide_args: dict[str, Any] = setting({}, "settings of the guide, such as {match: centred}")
+    guide_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "the guide's weight over the run: constant, or linear or cosine to zero"
+    )
+    guide_source: str = setting("init", "the model to keep to: init (the initial weights), a run, a file, a timm model")
+    tune: str = setting("all", "what is trained: all, head, attention, bias, last-K (blocks), lora")
+    tune_args: dict[str, Any] = setting({}, "settings of lora, such as {rank: 8}")
+    head_start: Literal["random", "probe"] = setting(
+        "random", "the classifier's first weights: random, or probe: a linear probe's (LP-FT)"
+    )
 
     epochs: int = setting(30, "passes over the training images")
     batch_size: int = setting(64, "images per device and forward")
@@ -72,8 +90,10 @@ class Settings(Plain):
     RANGES: ClassVar[Ranges] = {
         "label_fraction": ("in (0, 1]", lambda v: 0 < v <= 1),
         "per_class": ("1 or more", lambda v: v >= 1),
+        "held_out": ("in [0.01, 0.5]", lambda v: 0.01 <= v <= 0.5),
         "image_size": ("1 or more", lambda v: v >= 1),
         "guide_weight": ("0 or more", lambda v: v >= 0),
+        "guide_source": ("init, none, a run folder, a file or a timm model", lambda v: bool(v)),
         "epochs": ("1 or more", lambda v: v >= 1),
         "batch_size": ("1 or more", lambda v: v >= 1),
         "accumulate": ("1 or more", lambda v: v >= 1),
@@ -97,8 +117,9 @@ class Settings(Plain):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_fraction is not None and self.per_class is not None:
-            raise SettingsError("label_fraction and per_class both choose the training images: give one")
+        chosen = [n for n in ("label_fraction", "per_class", "train_list") if getattr(self, n) is not None]
+        if len(chosen) > 1:
+            raise SettingsError(f"{' and '.join(chosen)} both choose the training images: give one")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise SettingsError(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
         _check_choices(self)
@@ -111,7 +132,8 @@ class Settings(Plain):
     def default_name(self) -> str:
         """A folder name from what one compares: data, model, mix, guide, seed."""
         data = Path(self.data.rstrip("/")).name or "data"
-        ways = [part for part in (self.mix, self.token_mix, self.guide) if part != "none"]
+        tuned = "none" if self.tune == "all" else self.tune
+        ways = [part for part in (self.mix, self.token_mix, self.guide, tuned) if part != "none"]
         used = [data, self.model, *ways, f"seed{self.seed}"]
         return "-".join("".join(c if c.isalnum() or c in "._+=" else "_" for c in part) for part in used)
 
@@ -136,16 +158,22 @@ def _check_choices(settings: Settings) -> None:
         _check_map(settings)
     if settings.token_mix != "none" or settings.token_mix_args:
         _check_token_mix(settings)
-    if settings.guide != "none":
-        from foveal.transfer import GUIDES
+    if settings.guide != "none" or settings.guide_args or settings.guide_source != "init":
+        from foveal.train.guiding import check_guide
 
-        if settings.guide not in GUIDES:
-            raise SettingsError(unknown("guide", settings.guide, GUIDES))
-        if settings.init == "none":
-            raise SettingsError(
-                f"guide={settings.guide} keeps the attention of the initial weights, but init=none is random:"
-                " give pretrained weights or a file as init"
-            )
+        check_guide(settings)
+    _check_tune(settings)
+
+
+def _check_tune(settings: Settings) -> None:
+    if not re.fullmatch(r"last-[1-9]\d*", settings.tune) and settings.tune not in TUNES:
+        raise SettingsError(unknown("tune", settings.tune, [*TUNES, "last-1"]))
+    known = LORA if settings.tune == "lora" else ()
+    for name in settings.tune_args:
+        if name not in known:
+            raise SettingsError(unknown(f"setting of tune={settings.tune}", name, known))
+    if settings.tune == "head" and settings.head_start == "probe":
+        raise SettingsError("tune=head trains the classifier alone: head_start=probe would have done that already")
 
 
 def _check_token_mix(settings: Settings) -> None:

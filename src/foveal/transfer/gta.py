@@ -13,7 +13,7 @@ B batch, L guided layers, H heads, M compared columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ MATCHES = ("raw", "centred", "kl")
 QUERIES = {"class": "class_logits", "mean": "mean_query", "pool": "class_logits"}
 WHATS = ("logits", "attn_out", "block_out")
 COLUMNS = ("patches", "drop_first")
-REDUCTIONS = {  # name -> number of elements by which the sum is divided, of B, L, H, M
+REDUCTIONS: dict[str, Callable[[int, int, int, int], int]] = {  # name -> number of elements by which the sum is divided, of B, L, H, M
     "mean_all": lambda B, L, H, M: B * L * H * M,
     "sum_heads_tokens__mean_batch_layers": lambda B, L, H, M: B * L,
     "sum_heads_tokens_layers__mean_batch": lambda B, L, H, M: B,

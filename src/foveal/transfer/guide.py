@@ -45,6 +45,7 @@ class Guide(ABC):
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, relax: float = 1.0) -> None:
         """What it does to the weights after an optimiser step: nothing, unless it is a decoupled penalty."""
+        return None
 
 
 class Guided(ABC):
@@ -68,9 +69,11 @@ class Guided(ABC):
 
     def open(self) -> None:
         """Before the forward."""
+        return None
 
     def close(self, *error: object) -> None:
         """After the forward, or where it raised."""
+        return None
 
     @abstractmethod
     def term(self) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal import attention
-from foveal.attention.door import bare
 from foveal.attention import Layers
+from foveal.attention.door import bare
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 

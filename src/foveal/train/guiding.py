@@ -1,0 +1,138 @@
+"""The guide that the settings name, with its source and its weight; and which options it takes."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.data import Data
+from foveal.data.batches import Batches
+from foveal.mix import TokenMixer
+from foveal.train.errors import SettingsError
+from foveal.train.models import Built
+from foveal.train.names import unknown
+from foveal.train.settings import Settings
+from foveal.transfer import GUIDES, Guide
+
+OURS = (
+    "self",
+    "source",
+    "weight",
+    "table",
+    "head",
+    "channels",
+)  # arguments that are no plain values, or said elsewhere
+
+
+def options_of(name: str) -> list[str]:
+    """What `guide_args` may hold for a guide."""
+    kind = GUIDES[name]
+    found = [] if kind is None else [one for one in inspect.signature(kind).parameters if one not in OURS]
+    return [*found, "table"] if name == "co_tuning" else found
+
+
+def default_weight(name: str) -> float:
+    """The weight that a guide has if none is asked for; 0 for none."""
+    kind = GUIDES[name]
+    return 0.0 if kind is None else float(inspect.signature(kind).parameters["weight"].default)
+
+
+def weight_of(settings: Settings) -> float:
+    """Factor of the guidance loss of a run: as asked, else the method's own."""
+    return default_weight(settings.guide) if settings.guide_weight is None else settings.guide_weight
+
+
+def has_source(name: str) -> bool:
+    """Whether a guide compares with a source."""
+    kind = GUIDES[name]
+    return kind is not None and ("source" in inspect.signature(kind).parameters or name == "co_tuning")
+
+
+def check_guide(settings: Settings) -> None:
+    """Raise SettingsError for a guide, or an option of it, that is not known or cannot be meant."""
+    if settings.guide not in GUIDES:
+        raise SettingsError(unknown("guide", settings.guide, GUIDES))
+    known = options_of(settings.guide)
+    for option in settings.guide_args:
+        if option not in known:
+            raise SettingsError(unknown(f"setting of guide {settings.guide}", option, known))
+    kind = GUIDES[settings.guide]
+    if kind is None:
+        return
+    if settings.init == "none" and settings.guide_source == "init" and has_source(settings.guide):
+        raise SettingsError(
+            f"guide={settings.guide} keeps to the initial weights, but init=none is random:"
+            " give pretrained weights or a file as init, or another source as guide_source"
+        )
+    if kind.unmixed and (settings.mix != "none" or settings.token_mix != "none"):
+        raise SettingsError(f"guide={settings.guide} needs images of one class each: leave out mix and token_mix")
+
+
+def guide_of(
+    settings: Settings, built: Built, data: Data, mixer: Any = None, device: torch.device | None = None
+) -> Guide | None:
+    """The guide that the settings name, its source the weights `built` has now; None for none or weight 0.
+
+    mixer: where it mixes tokens of images inside the model, the guide keeps to the blocks before: the source sees none
+    of that. device: where a source's answers to the training images are computed. Raises SettingsError where no block
+    is left or an option does not fit, RunError where a source cannot be had.
+    """
+    kind = GUIDES[settings.guide]
+    weight = weight_of(settings)
+    if kind is None or weight == 0:
+        return None
+    options: dict[str, Any] = dict(settings.guide_args)
+    try:
+        if settings.guide == "co_tuning":
+            return _co_tuning(settings, built, data, weight, options, device or torch.device("cpu"))
+        if "layers" in inspect.signature(kind).parameters and isinstance(mixer, TokenMixer):
+            first = mixer.first_mixed_block(built.model)
+            if first == 0:
+                raise SettingsError(
+                    f"token_mix={settings.token_mix} mixes before the first block, so guide={settings.guide} has"
+                    " nothing to compare: mix at a later block (token_mix_args), or leave one of them out"
+                )
+            if first is not None:
+                options.setdefault("layers", range(first))
+        if settings.guide == "gta":
+            options.setdefault("average_pooled", "global_pool" in built.arguments)  # then it was said
+        if has_source(settings.guide):
+            options["source"] = _source(settings, built)
+        return kind(weight=weight, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"guide={settings.guide}: {error}") from error
+
+
+def _source(settings: Settings, built: Built) -> nn.Module | None:
+    """The model to compare with; None: the model itself without its adapters."""
+    if settings.guide_source != "init":
+        from foveal.train.sources import guide_source
+
+        return guide_source(settings.guide_source, built.architecture, built.arguments)[0]
+    if settings.tune == "lora" and settings.guide == "gta":
+        return None
+    return built.model
+
+
+def _co_tuning(
+    settings: Settings, built: Built, data: Data, weight: float, options: dict[str, Any], device: torch.device
+) -> Guide:
+    """Co-Tuning: the source's own classifier, and what it says of the training images as they are."""
+    from foveal.train.mapping import network, refitted
+    from foveal.transfer import co_tuning_of
+
+    which = settings.init if settings.guide_source == "init" else settings.guide_source
+    which = settings.model if which == "pretrained" else which
+    model, config, _ = network(which, "guide_source")
+    model = model.to(device).eval()
+    batches = Batches(data.train, built.image, settings.batch_size, train=False, flip=False, device=device)
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.no_grad():
+        for batch in batches:
+            logits.append(model(refitted(batch.images, built.image, config)).float().cpu())
+            labels.append(batch.labels.cpu())
+    return co_tuning_of(model.cpu(), torch.cat(logits), torch.cat(labels), len(data.classes), weight=weight, **options)
