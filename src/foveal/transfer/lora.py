@@ -61,6 +61,8 @@ def inject(
         _call_qkv(model, modules)
         with seeded(seed, "init", 2):  # peft's start of A takes no generator
             peft.inject_adapter_in_model(config, model)
+        for _, layer in _adapted(model):
+            layer.train(layer.base_layer.training)  # new modules begin in training, whatever the model does
         names = [name for name, _ in model.named_parameters()]
         chosen = Chosen(
             tuple(name for name in names if name in head or _is_adapter(name)),
