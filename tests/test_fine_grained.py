@@ -15,6 +15,7 @@ from torchvision import datasets
 from foveal.data import DataError, DataWarning, Images, load, subset
 from foveal.data.fine_grained import PUBLISHED
 from foveal.data.listings import cub_boxes
+from foveal.maps.mask_files import mask_files
 
 TRAIN, TEST = 20, 4  # images of each of two classes, as made here
 SHARES = (0.15, 0.3, 0.5)
@@ -268,6 +269,16 @@ def test_boxes_of_birds(folder: Path):
     boxes = cub_boxes(folder / "CUB_200_2011")
     assert len(boxes) == 48
     assert boxes["002.Laysan_Albatross/1_00.jpg"] == (0, 1, 3, 2)  # x 1, y 0, width 1, height 3
+
+
+def test_segmentations_of_birds_go_with_their_images(copied: Path):
+    masks = copied / "CUB_200_2011" / "segmentations"
+    for c, bird in enumerate(("001.Black_footed_Albatross", "002.Laysan_Albatross")):
+        for i in range(TRAIN + TEST):
+            picture(masks / bird / f"{c}_{i:02d}.png", 255)
+    names = load(f"cub200:root={copied}").train.names
+    found = mask_files(names, masks)
+    assert [path.relative_to(masks).with_suffix(".jpg").as_posix() for path in found] == list(names)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -11,6 +11,9 @@ A share p takes ceil(n p) of the n training images of each class (`foveal.data.s
 the training images of each class are held out by the seed, beside what a share takes: it counts from all n, so the
 numbers above hold, up to shares of some 85 %. All labels are the training images without those held out.
 
+Images are called by their path, so masks in segmentations/ of CUB-200 go with them: foveal maps cub200 --map given
+--masks CUB_200_2011/segmentations. The trimaps of Pets are no such masks (1 is the animal, 2 not, 3 in between).
+
 (The lists of Chen et al., NeurIPS 2019, have one image more of the dogs at each rate, as if one breed had 101 images
 and another 99; the published lists have 100 of each.)
 """
