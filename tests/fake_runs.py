@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,22 @@ def fake_run(
     blend_in: int | None = None,
     gap: float = 0.25,
     curriculum: dict[str, list[float]] | None = None,
+    source: dict[str, Any] | None = None,
+    init: str = "none",
+    val: float = 0.7,
     **settings: Any,
 ) -> Run:
     """A run whose logits are `skill` better than chance's and whose attention is `look` times more on the object.
 
     memory: its peak in bytes.  gap: the most that a label is wrong.  curriculum: further columns of metrics.csv, one
-    value per epoch.  blend_in: the seed in which its mixer has the turn of Mixup.
+    value per epoch; the last `drift` is that of the chosen one.  source: what is known of the source's attention.
+    val: accuracy on validation.  blend_in: the seed in which its mixer has the turn of Mixup.
     """
     rng, beside = (torch.Generator().manual_seed(key) for key in (seed, 1000 + seed))
     data = load(spec)
     names = classes or data.classes
     folder.mkdir(parents=True)
-    chosen = Settings(data=spec, model="vit_tiny_patch16_224", init="none", seed=seed, epochs=epochs, **settings)
+    chosen = Settings(data=spec, model="vit_tiny_patch16_224", init=init, seed=seed, epochs=epochs, **settings)
     (folder / "settings.yaml").write_text(chosen.to_yaml(), "utf-8")
     sets = {}
     (folder / "predictions").mkdir()
@@ -103,10 +108,12 @@ def fake_run(
         "sets": sets,
         "bg_gap": sets["mixed_same"]["accuracy"] - sets["mixed_rand"]["accuracy"] if both else None,
         "peak_memory": None if memory is None else {"bytes": memory, "of": "process"},
-        "val": {"accuracy": 0.7, "balanced_accuracy": 0.7, "loss": 1.0}, "best_epoch": epochs, "epochs": epochs,
-        "images": len(data.train), "parameters": 1234567, "device": "cpu", "precision": "float32", "seconds": 12.5,
+        "val": {"accuracy": val, "balanced_accuracy": val, "loss": 1.0}, "best_epoch": epochs, "epochs": epochs,
+        "images": math.ceil(len(data.train) * (chosen.label_fraction or 1.0)),
+        "parameters": 1234567, "device": "cpu", "precision": "float32", "seconds": 12.5,
         "images_per_second": 987.6, "command": f"foveal train '{spec}' --seed {seed}", "finished": "2025-01-01",
-    }  # fmt: skip
+        "drift": (curriculum or {}).get("drift", [None])[-1],
+    } | ({} if source is None else {"source": source})  # fmt: skip
     _json(folder / "results.json", results)
     return Run.load(folder)
 

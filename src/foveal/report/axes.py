@@ -1,4 +1,4 @@
-"""Axes with round ticks, and numbers as one reads them."""
+"""Axes with round ticks, linear or logarithmic, and numbers as one reads them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,30 @@ class Scale:
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         return number(value, digits)
+
+
+@dataclass(frozen=True)
+class LogScale(Scale):
+    """The same for positive data, by their logarithm; zero and less lie at minus infinity."""
+
+    def at(self, value: float) -> float:
+        if not value > 0:
+            return math.nan if math.isnan(value) else -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def label(self, value: float) -> str:
+        return f"{value:g}" if 1e-4 <= value < 1e6 else f"1e{round(math.log10(value))}"
+
+
+def log_scale(values: Sequence[float], count: int = 5) -> LogScale:
+    """A logarithmic axis over whole decades that holds all finite values above zero; about `count` ticks."""
+    found = [math.log10(value) for value in values if math.isfinite(value) and value > 0] or [0.0]
+    first, last = math.floor(min(found) + 1e-9), math.ceil(max(found) - 1e-9)
+    if first == last:
+        first, last = first - 1, last + 1
+    step = math.ceil((last - first) / count)
+    ticks = tuple(10.0**power for power in range(first, last + 1, step))
+    return LogScale(10.0**first, 10.0**last, ticks)
 
 
 def scale(values: Sequence[float], count: int = 5, *, within: tuple[float, float] | None = None) -> Scale:

@@ -1,8 +1,7 @@
 """Charts as inline SVG that stretch to their column and take their colours from the page.
 
-Across, places are percent of the chart's width; downwards they are pixels.  So a chart fits a phone and a wall, and
-its letters and lines keep their size.  Colours are the page's CSS variables by class (`base`, `arm`, `ink`), so the
-same markup is right in light and dark.  Only names and numbers go in, and every name is escaped.
+Colours are the page's CSS variables by class (`base`, `arm`, `ink`), so the same markup is right in light and dark.
+Only names and numbers go in, and every name is escaped.  Places are those of `foveal.report.marks`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from foveal.report.axes import Scale, number, scale
+from foveal.report.marks import below, dot, gridline, horizontal, level, plot, row, vertical, whisker
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,34 @@ def curves(
     x_label: str = "epoch",
     height: int = 190,
     up: Scale | None = None,
+    levels: Sequence[float] = (),
 ) -> Markup:
     """Lines over a common axis, NaN leaves a gap.  label: what a listener to the page hears.
 
-    up: the vertical axis, shared with other charts; None: one that holds these lines.
+    up: the vertical axis, shared with other charts, perhaps logarithmic; None: one that holds these lines.
+    levels: dashed lines from side to side.
     """
     ys = [y for line in lines for y in line.ys]
     xs = [x for line in lines for x in line.xs]
     up = up or scale(ys, 4, within=(0, 100) if unit == "%" else None)
     along = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, ())
     steps = [tick for tick in scale([along.low, along.high], 4).ticks if along.low <= tick <= along.high]
-    marks = [_horizontal(up, tick, height, unit if tick == up.ticks[-1] else "") for tick in up.ticks]
+    marks = [horizontal(up, tick, height, unit if tick == up.ticks[-1] else "") for tick in up.ticks]
     for tick in steps:
         if tick == round(tick):
-            marks.append(_below(along.at(tick), height, f"{tick:.0f}"))
-    marks.append(_below(1.0, height, x_label, second=True))
+            marks.append(below(along.at(tick), height, f"{tick:.0f}"))
+    marks.append(below(1.0, height, x_label, second=True))
+    marks += [level(up, value, height) for value in levels]
     drawn = []
     for line in sorted(lines, key=lambda line: not line.thin):  # thin ones below
         kind = f"line {line.kind}{' thin' if line.thin else ''}"
         for part in _parts(line):
             points = " ".join(f"{100 * along.at(x):.2f},{height * (1 - up.at(y)):.2f}" for x, y in part)
             drawn.append(Markup('<polyline class="{}" points="{}"/>').format(kind, points))
-    return _plot(marks, drawn, height, label)
+            if len(part) == 1:  # a line through one point is not seen
+                x, y = part[0]
+                marks.append(dot(along.at(x), height * (1 - up.at(y)), line.kind, 2 if line.thin else 4))
+    return plot(marks, drawn, height, label)
 
 
 def _parts(line: Line) -> list[list[tuple[float, float]]]:
@@ -84,10 +90,10 @@ def histograms(
     """Step-shaped distributions over one axis of percent; `even` is the dashed line of an even gaze."""
     along = Scale(edges[0], edges[-1], ())
     top = max(max(shape.shares) for shape in shapes) * 1.12 or 1.0
-    marks = [_below(along.at(tick), height, f"{tick:.0f} %") for tick in (0, 25, 50, 75, 100)]
+    marks = [below(along.at(tick), height, f"{tick:.0f} %") for tick in (0, 25, 50, 75, 100)]
     marks.append(Markup('<line class="axis" x1="0%" x2="100%" y1="{0}" y2="{0}"/>').format(height))
     if even is not None:
-        marks.append(_vertical(along.at(even), height, "even"))
+        marks.append(vertical(along.at(even), height, "even"))
     drawn = []
     for shape in shapes:
         points = [f"{100 * along.at(edges[0]):.2f},{height}"]
@@ -97,8 +103,8 @@ def histograms(
         points.append(f"{100 * along.at(edges[-1]):.2f},{height}")
         drawn.append(Markup('<polygon class="step {}" points="{}"/>').format(shape.kind, " ".join(points)))
         if shape.mark is not None:
-            marks.append(_vertical(along.at(shape.mark), height, shape.kind))
-    return _plot(marks, drawn, height, label, axis=False)
+            marks.append(vertical(along.at(shape.mark), height, shape.kind))
+    return plot(marks, drawn, height, label, axis=False)
 
 
 @dataclass(frozen=True)
@@ -115,27 +121,27 @@ class Span:
 
 def strip(spans: Sequence[Span], axis: Scale, *, label: str, zero: bool = False, height: int = 30) -> Markup:
     """One row of a forest plot: dots with whiskers on a shared axis, one under the other when several."""
-    marks = [_gridline(axis.at(tick), "zero" if zero and tick == 0 else "grid") for tick in axis.ticks]
+    marks = [gridline(axis.at(tick), "zero" if zero and tick == 0 else "grid") for tick in axis.ticks]
     for i, span in enumerate(spans):
         y = height * (i + 1) / (len(spans) + 1)
         if span.outer:
-            marks.append(_whisker(axis, *span.outer, y, f"outer {span.kind}"))
-        marks.append(_whisker(axis, span.low, span.high, y, f"inner {span.kind}"))
+            marks.append(whisker(axis, *span.outer, y, f"outer {span.kind}"))
+        marks.append(whisker(axis, span.low, span.high, y, f"inner {span.kind}"))
         x = 100 * min(max(axis.at(span.mean), 0), 1)
         kind = f"dot {span.kind}{'' if span.clear else ' hollow'}"
         marks.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{:.1f}" r="5"/>').format(kind, x, y))
-    return _strip(marks, label, height)
+    return row(marks, label, height)
 
 
 def dumbbell(spans: Sequence[Span], axis: Scale, *, label: str, height: int = 26) -> Markup:
     """One row of a dot plot: a dot per arm and a line between them; the last dot lies on top."""
-    marks = [_gridline(axis.at(tick), "grid") for tick in axis.ticks]
+    marks = [gridline(axis.at(tick), "grid") for tick in axis.ticks]
     places = [100 * axis.at(span.mean) for span in spans]
     y = height / 2
-    marks.append(_whisker(axis, min(s.mean for s in spans), max(s.mean for s in spans), y, f"link {spans[-1].kind}"))
+    marks.append(whisker(axis, min(s.mean for s in spans), max(s.mean for s in spans), y, f"link {spans[-1].kind}"))
     for x, span in zip(places, spans, strict=True):
         marks.append(Markup('<circle class="dot {}" cx="{:.2f}%" cy="{:.1f}" r="4.5"/>').format(span.kind, x, y))
-    return _strip(marks, label, height)
+    return row(marks, label, height)
 
 
 def axis_strip(axis: Scale, unit: str = "") -> Markup:
@@ -164,7 +170,7 @@ def slopes(arms: Sequence[Slope], names: tuple[str, str], *, label: str, height:
     values = [v for arm in arms for pair in [arm.ends, *arm.seeds] for v in pair]
     up = scale(values, 4, within=(0, 100))
     x1, x2 = 24.0, 72.0
-    marks = [_gridline(x / 100, "axis") for x in (x1, x2)]
+    marks = [gridline(x / 100, "axis") for x in (x1, x2)]
     for x, name in zip((x1, x2), names, strict=True):
         marks.append(Markup('<text x="{}%" y="{}" text-anchor="middle">{}</text>').format(x, height + 20, name))
 
@@ -207,51 +213,3 @@ def _apart(places: Sequence[float], room: float) -> list[float]:
                 moved[i] -= short / 2
                 moved[j] += short / 2
     return moved
-
-
-def _plot(marks: list[Markup], drawn: list[Markup], height: int, label: str, *, axis: bool = True) -> Markup:
-    inner = Markup('<svg viewBox="0 0 100 {0}" preserveAspectRatio="none" width="100%" height="{0}">{1}</svg>').format(
-        height, Markup("").join(drawn)
-    )
-    outer = Markup('<svg role="img" aria-label="{}" width="100%" height="{}">{}{}</svg>').format(
-        label, height, Markup("").join(marks), inner
-    )
-    return Markup('<div class="plot{}">{}</div>').format("" if axis else " bare", outer)
-
-
-def _strip(marks: list[Markup], label: str, height: int) -> Markup:
-    return Markup('<svg class="strip" role="img" aria-label="{}" width="100%" height="{}">{}</svg>').format(
-        label, height, Markup("").join(marks)
-    )
-
-
-def _horizontal(axis: Scale, tick: float, height: int, unit: str) -> Markup:
-    y = height * (1 - axis.at(tick))
-    text = axis.label(tick) + (f" {unit}" if unit else "")
-    return Markup(
-        '<line class="grid" x1="0%" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>'
-        '<text x="0" dx="-8" y="{0:.1f}" dy="4" text-anchor="end">{1}</text>'
-    ).format(y, text)
-
-
-def _below(place: float, height: int, text: str, *, second: bool = False) -> Markup:
-    anchor = "start" if place < 0.02 else "end" if place > 0.98 else "middle"
-    y = height + (36 if second else 18)
-    return Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{}</text>').format(100 * place, y, anchor, text)
-
-
-def _vertical(place: float, height: int, kind: str) -> Markup:
-    return Markup('<line class="mark {1}" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{2}"/>').format(
-        100 * place, kind, height
-    )
-
-
-def _gridline(place: float, kind: str) -> Markup:
-    return Markup('<line class="{1}" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(100 * place, kind)
-
-
-def _whisker(axis: Scale, low: float, high: float, y: float, kind: str) -> Markup:
-    x1, x2 = (100 * min(max(axis.at(value), 0), 1) for value in (low, high))
-    return Markup('<line class="whisker {}" x1="{:.2f}%" x2="{:.2f}%" y1="{y:.1f}" y2="{y:.1f}"/>').format(
-        kind, x1, x2, y=y
-    )

@@ -13,13 +13,15 @@ from markupsafe import Markup
 import foveal
 from foveal.data import Data, Images
 from foveal.explain import save
-from foveal.report import classes, sections, tables, tiles, told
+from foveal.report import classes, drift, sections, tables, tiles, told
 from foveal.report.chosen import chosen
 from foveal.report.curriculum import curricula
 from foveal.report.gather import Arm, Subject, even_gaze, of_comparison, of_run, test_images
 from foveal.report.headline import headline
+from foveal.report.lambdas import lambda_curves
 from foveal.report.matrix import matrix
-from foveal.report.words import MIXERS, TESTS, listed
+from foveal.report.shares import learning_curves
+from foveal.report.words import JUDGED, MIXERS, RULES, TESTS, listed
 from foveal.train.comparison import Comparison
 from foveal.train.run import Run
 
@@ -66,6 +68,11 @@ def render(subject: Subject, data: Data | None = None) -> str:
         "looks": _looks(subject),
         "curves": sections.curves(subject, shown.arms),
         "curricula": curricula(subject),
+        "sources": told.source_told(subject),
+        "drifts": drift.panels(subject, sections.pairs_of(shown.arms)),
+        "judged": drift.judged(subject),
+        "shares": learning_curves(subject),
+        "lambdas": lambda_curves(subject),
         "classes": classes.by_class(subject, shown.arms),
         "confusion": None if subject.others else classes.confusion(subject.first, subject.main_test),
         "matrix": mixed,
@@ -78,7 +85,7 @@ def render(subject: Subject, data: Data | None = None) -> str:
         "shared": shared,
         "machine": told.machine(subject.first),
         "missing": missing,
-        "words": {"tests": TESTS},
+        "words": {"tests": TESTS, "judged": JUDGED, "rules": RULES},
         "version": foveal.__version__,
         "style": Markup(_style()),
     }

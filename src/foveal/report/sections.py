@@ -185,7 +185,7 @@ def backgrounds(subject: Subject, arms: Sequence[Arm]) -> list[Panel]:
         return chart.Slope(arm.kind, arm.name, ends, [(100 * a, 100 * b) for a, b in seeds])
 
     panels = []
-    for pair in _panels(arms):
+    for pair in pairs_of(arms):
         said = [f"{arm.name}: {number(slope(arm).ends[0])} to {number(slope(arm).ends[1])} %" for arm in pair]
         drawn = chart.slopes([slope(arm) for arm in pair], ("mixed_same", "mixed_rand"), label="; ".join(said))
         panels.append(Panel("accuracy, %", pair, drawn))
@@ -199,7 +199,7 @@ def curves(subject: Subject, arms: Sequence[Arm]) -> list[Panel]:
         if column == "loss" and len(subject.others) > 1:
             break  # a panel per arm is enough
         factor = 100 if unit else 1
-        for pair in _panels(arms):
+        for pair in pairs_of(arms):
             lines = []
             for arm in pair:
                 lines += lines_of(arm, f"val_{column}", arm.kind, factor)
@@ -222,7 +222,7 @@ def gazes(subject: Subject, arms: Sequence[Arm], even: Mapping[str, float | None
         if kind != "pointing" or (test != subject.main_test and subject.others):
             continue
         held = subject.numbers[measure.key]
-        for pair in _panels([arm for arm in arms if arm.name in held]):
+        for pair in pairs_of([arm for arm in arms if arm.name in held]):
             shapes, said = [], []
             for arm in pair:
                 shares = np.concatenate([_pointing(run, test) for run in arm.runs])
@@ -241,7 +241,7 @@ def gazes(subject: Subject, arms: Sequence[Arm], even: Mapping[str, float | None
     return found
 
 
-def _panels(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
+def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, ...]]:
     """Arms that share a chart: each with its baseline, which is grey, so that one accent colour is enough."""
     by_name = {arm.name: arm for arm in arms}
     alone = len(arms) == 1

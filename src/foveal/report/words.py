@@ -34,7 +34,57 @@ WHERE = {  # after "points better"
 GUIDES = {
     "gta": "a second loss that holds the attention of the class token close to where the initial weights look "
     "(guided transfer of attention)",
+    "attention_transfer": "which hands on the attention of all tokens of the source, as a second loss (distil) or in "
+    "place of the model’s own (copy)",
+    "attention_copy": "which puts the attention of the source in place of the model’s own",
+    "attn_distill": "a second loss that draws the class token’s attention in the last block to that of a teacher, "
+    "whose patches and heads may be others (AttnDistill)",
+    "l2_sp": "a penalty on the distance of the weights from where they started, in place of weight decay (L2-SP)",
+    "delta": "a penalty on the distance of the blocks’ outputs from those of the initial weights (DELTA)",
+    "bss": "a penalty on the smallest singular values of a batch’s features, so that what does not transfer fades "
+    "(batch spectral shrinkage)",
+    "co_tuning": "a second loss on the classes of the pre-training, whose head is kept and taught how they go with the "
+    "new classes (Co-Tuning)",
 }
+
+SCHEDULES = {"linear": "falling linearly to zero", "cosine": "falling to zero along a cosine"}
+
+TUNES = {  # what of the weights is trained
+    "head": "Only the classifier is trained, on features that stay as they are (a linear probe).",
+    "attention": "Only the attention layers, the position embedding and the classifier are trained.",
+    "bias": "Only the biases and the classifier are trained (BitFit).",
+    "lora": "Only small matrices beside the frozen ones, and the classifier, are trained (LoRA).",
+}
+
+PROBED = (
+    "Training begins from a classifier that was fitted on frozen features, not from a random one (linear probing, then "
+    "fine-tuning)."
+)
+
+# When guidance counts as ignored or rigid. The thresholds are this project's own: no paper gives any.
+WEAK = 0.01  # median of the gradient ratio below which guidance is ignored
+STRONG = 1.0  # median over the second half of the epochs, above which it may be rigid
+SAME_DRIFT = 0.05  # guidance of attention that does not lower the drift by this share of plain's is ignored
+HELD = 0.1  # drift below this share of plain's is that of a rigid model
+STILL = 0.01  # the same without a plain arm, as drift itself
+
+ATTENTIVE = ("gta", "attention_transfer", "attention_copy", "attn_distill")  # guides whose aim is the attention itself
+
+JUDGED = {
+    "ignored": "ignored, the guidance is too weak",
+    "rigid": "rigid, the guidance is too strong",
+    "followed": "followed",
+    "": "cannot be told",
+}
+
+RULES = (
+    f"Guidance is called ignored (too weak) if the median ratio of its gradient to the task’s is below {WEAK:g}, or, "
+    "where it aims at the attention, if it does not end with a drift more than "
+    f"{100 * SAME_DRIFT:.0f} % below that of plain training with the same settings and seeds. It is called rigid (too "
+    f"strong) if the median ratio of the second half of the epochs is above {STRONG:g}, the drift ends below {HELD:g} "
+    f"of plain’s (without plain training: below {100 * STILL:.0f} %), and validation accuracy is not above plain’s. "
+    "Else it is called followed. These thresholds are this project’s own: read them as a hint, not as a test."
+)
 
 MIXERS = {
     "mixup": "which blends two images into one and their labels with the same weights",
@@ -122,6 +172,21 @@ BG_GAP = Measure(
     "accuracy on mixed_same minus accuracy on mixed_rand: what the model owes to the background, 0 is best",
     higher_is_better=False,
 )
+
+
+def tuned(tune: str) -> str:
+    """What of the weights is trained, as a sentence; "" for all of them."""
+    if tune == "all":
+        return ""
+    if (last := tune.removeprefix("last-")).isdigit():
+        blocks = "block" if int(last) == 1 else f"{last} blocks"
+        return f"Only the last {blocks} and the classifier are trained."
+    return TUNES.get(tune, f"Only what tune={tune} names is trained.")
+
+
+def guided_by(guide: str) -> str:
+    """What a guide does, for a sentence; the same few words for all that this page has no words for."""
+    return GUIDES.get(guide, "a loss beside that of the task")
 
 
 def percent(value: float, digits: int = 1) -> str:
