@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveal.attention.errors import UnsupportedModelError
 from foveal.attention.layout import TokenLayout
 
-ROWS = ("class_logits", "received", "patch_received", "mean_query", "full")
+ROWS = ("class_logits", "received", "patch_received", "mean_query", "full", "factors")
 PARTS = ("queries", "keys", "values", "tokens", "attn_out", "block_out")
 WHAT = ROWS + PARTS
 

@@ -17,6 +17,7 @@ from foveal.attention import rows
 from foveal.attention.anatomy import Layer
 from foveal.attention.capture import Caught, caught_mha, mha_row
 from foveal.attention.errors import ReadError
+from foveal.attention.factors import Factors, factors_of
 from foveal.attention.windows import merge_windows
 
 
@@ -71,10 +72,10 @@ class Call:
         self.repeated: list[int] = []
         self.raw: dict[int, Caught | MhaInput] = {}
         self.parts: dict[tuple[int, str], Tensor] = {}
-        self.values: dict[tuple[int, str], Tensor] = {}
+        self.values: dict[tuple[int, str], Tensor | Factors] = {}
 
-    def value(self, layer: Layer, index: int, what: str) -> Tensor:
-        """A value of one layer over all its tokens, computed once.
+    def value(self, layer: Layer, index: int, what: str) -> Any:
+        """A value of one layer over all its tokens, computed once: a tensor, or its `Factors`.
 
         Raises ReadError if the forward did not show it.
         """
@@ -95,7 +96,7 @@ class Call:
     def forget(self, index: int) -> None:
         self.raw.pop(index, None)
 
-    def _compute(self, layer: Layer, index: int, what: str) -> Tensor:
+    def _compute(self, layer: Layer, index: int, what: str) -> Tensor | Factors:
         if (index, what) in self.parts:
             return self._projected(layer, index, what)
         raw = self.raw.get(index)
@@ -125,7 +126,7 @@ class Call:
         d = int(attention.head_dim)  # type: ignore[arg-type]
         return x.reshape(*x.shape[:-1], -1, d).transpose(1, 2)
 
-    def _from_caught(self, layer: Layer, index: int, raw: Caught, what: str) -> Tensor:
+    def _from_caught(self, layer: Layer, index: int, raw: Caught, what: str) -> Tensor | Factors:
         if what in ("queries", "keys", "values"):
             x = {"queries": raw.q, "keys": raw.k, "values": raw.v}[what]
             if x is None:
@@ -133,6 +134,8 @@ class Call:
             return x
         if layer.kind == "window":
             return merge_windows(self._received(raw, None), layer.block, self.grids[index], self.batch or 1)
+        if what == "factors":
+            return factors_of(raw, self._valid_tokens(layer))
         if what == "full":
             return rows.widen(raw.logits).softmax(-1) if raw.logits is not None else self._map(raw)
         if what == "received":

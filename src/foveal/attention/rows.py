@@ -2,8 +2,10 @@
 
     r_j = scale q . k_j + m_j                     one row of logits: one product with K
     S_t = 1/N sum_i softmax_j(r_ij)_t             attention received by token t, averaged over queries
+    -1/N sum_ij softmax_j(s_ij) log softmax_j(r_ij)   cross entropy of a whole map with that of a source, logits s
 
-Definitions: Seo et al., 2024 (GTA) for the class row; Choi et al., 2022 (TokenMixup) for the column mean.
+Definitions: Seo et al., 2024 (GTA) for the class row; Choi et al., 2022 (TokenMixup) for the column mean; Li et al.,
+2024 (Attention Transfer) for the cross entropy.
 
 B batch, H heads, T tokens (prefix and patches), d head width. Half precision comes in, float32 goes out: a bfloat16 sum
 of 64 products keeps two digits. A row is taken *before* softmax and includes mask or position bias.
@@ -93,6 +95,31 @@ def carried(weight: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | N
     return _Received.apply(q, widen(k), as_4d(mask), weight.to(q.dtype), scale)  # type: ignore[no-any-return]
 
 
+def map_cross_entropy(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    q_source: Tensor,
+    k_source: Tensor,
+    scale_source: float,
+    mask_source: Tensor | None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of the source's map with the target's, mean over images, heads and queries, without a Q x T tensor.
+
+        -sum_j softmax(source logits)_j log_softmax(target logits)_j
+
+    q: (B, H, Q, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, Q, T), or None. The source's likewise;
+    its head width may differ.  valid: (B, Q) bool, queries that count (None: all). A query that may attend to nothing
+    does not count. Returns a scalar, float32 or wider; at equality it is the source's entropy, not 0. Gradient flows to
+    q, k and mask; it is computed with the value, tile by tile, so that one pass over the map is enough and the source's
+    q and k are not kept.
+    """
+    source = (q_source.detach(), k_source.detach(), None if mask_source is None else as_4d(mask_source.detach()))
+    return _MapCrossEntropy.apply(q, k, as_4d(mask), scale, source, scale_source, valid)  # type: ignore[no-any-return]
+
+
 def _query_share(q: Tensor, valid: Tensor | None) -> Tensor:
     """Weight of each query in the mean: (B, Q), rows sum to 1."""
     B, _, Q, _ = q.shape
@@ -121,6 +148,11 @@ def _tiles(q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice]]:
 
 def _tile(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, at: tuple[slice, slice, slice]) -> Tensor:
     """Probabilities of one tile: (b, h, i, T)."""
+    return _tile_logits(q, k, mask, scale, at).softmax(-1)
+
+
+def _tile_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, at: tuple[slice, slice, slice]) -> Tensor:
+    """Logits of one tile: (b, h, i, T)."""
     b, h, i = at
     with torch.autocast(q.device.type, enabled=False):
         logits = torch.matmul(q[b, h, i] * scale, k[b, h].transpose(-1, -2))
@@ -130,7 +162,7 @@ def _tile(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, at: tuple[sli
         part = part[:, h] if part.shape[1] > 1 else part
         part = part[:, :, i] if part.shape[2] > 1 else part
         logits += part.to(logits.dtype)
-    return logits.softmax(-1)
+    return logits
 
 
 class _Received(torch.autograd.Function):
@@ -184,3 +216,65 @@ def _add_broadcast(total: Tensor, part: Tensor, at: tuple[slice, slice, slice]) 
             part = part.sum(dim, keepdim=True)
             index.append(slice(None))
     total[tuple(index)] += part.to(total.dtype)
+
+
+class _MapCrossEntropy(torch.autograd.Function):
+    """map_cross_entropy(): dL/dlogit = (softmax(target) - softmax(source)) / number of rows, known with the value."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        source: tuple[Tensor, Tensor, Tensor | None],
+        scale_source: float,
+        valid: Tensor | None,
+    ) -> Tensor:
+        ctx.dtypes = [None if x is None else x.dtype for x in (q, k, mask)]
+        wide = torch.promote_types(widen(q).dtype, source[0].dtype)
+        q, k, q_source, k_source = (x.to(wide) for x in (q, k, *source[:2]))
+        dq, dk, dm = (
+            torch.zeros_like(x, dtype=wide) if x is not None and needed else None
+            for x, needed in zip((q, k, mask), ctx.needs_input_grad, strict=False)
+        )
+        masked = mask is not None or source[2] is not None
+        total, count = q.new_zeros(()), q.new_zeros(())
+        with torch.autocast(q.device.type, enabled=False):
+            for at in _tiles(q, k):
+                b, h, i = at
+                logits = _tile_logits(q, k, mask, scale, at)
+                logits_source = _tile_logits(q_source, k_source, source[2], scale_source, at)
+                log_attn, attn_source = logits.log_softmax(-1), logits_source.softmax(-1)
+                counts = torch.ones_like(logits[..., 0], dtype=torch.bool)
+                if valid is not None:
+                    counts &= valid[b, i][:, None]
+                if masked:
+                    # a row of -inf alone has no softmax, and 0 x -inf is not a number
+                    counts &= (logits.amax(-1) > float("-inf")) & (logits_source.amax(-1) > float("-inf"))
+                    log_attn_there = log_attn.masked_fill(attn_source == 0, 0.0)
+                else:
+                    log_attn_there = log_attn
+                rows = -(attn_source * log_attn_there).sum(-1)  # (b, h, i)
+                total += rows.masked_fill(~counts, 0.0).sum()
+                count += counts.sum()
+                if dq is None and dk is None and dm is None:
+                    continue
+                ds = (log_attn.exp() - attn_source).masked_fill_(~counts[..., None], 0.0)
+                if dq is not None:
+                    dq[b, h, i] = torch.matmul(ds, k[b, h]) * scale
+                if dk is not None:
+                    dk[b, h] += torch.matmul(ds.transpose(-1, -2), q[b, h, i]) * scale
+                if dm is not None:
+                    _add_broadcast(dm, ds, at)
+        count.clamp_(min=1)
+        ctx.save_for_backward(*(None if x is None else x.div_(count) for x in (dq, dk, dm)))
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        known = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gradients = (None if x is None else (g * x).to(dtype) for x, dtype in known)
+        return *gradients, None, None, None, None

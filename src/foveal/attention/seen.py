@@ -30,7 +30,7 @@ def read(model: nn.Module, layers: Layers = -1, what: str | Sequence[str] = "cla
 
     layers: -1 counts self-attention blocks from the end; a name ("blocks.3", "attn_pool"); several; or "all".
     what: one or several of class_logits (class_attention follows from them), received, patch_received, mean_query,
-    full, queries, keys, values, tokens, attn_out, block_out. Only that is computed and kept.
+    full, factors, queries, keys, values, tokens, attn_out, block_out. Only that is computed and kept.
 
     The forward is bitwise what it is without reading, and values are differentiable when it is. Raises
     UnsupportedModelError for a model that cannot be read exactly, ValueError for a layer or value that is not there.
@@ -91,6 +91,10 @@ class Look:
         """Whole attention maps, probabilities over all tokens: (B, H, T, T)."""
         return self._each("full", lambda x, i: x)
 
+    def factors(self) -> Any:
+        """What the whole maps follow from, not multiplied out: `foveal.attention.factors.Factors`."""
+        return self._each("factors", lambda x, i: x)
+
     def queries(self, prefix: bool = False) -> Any:
         """Queries after their norm, before rotation: (B, H, N, d)."""
         return self._each("queries", lambda x, i: self._tokens(x, i, 2, prefix))
@@ -144,7 +148,7 @@ class Look:
 
     # -- inside
 
-    def _each(self, what: str, shape: Callable[[Tensor, int], Tensor]) -> Any:
+    def _each(self, what: str, shape: Callable[[Any, int], Any]) -> Any:
         if what not in self._what:
             raise ReadError(f"{what} was not asked: read(model, what={[*self._what, what]!r})")
         out = []
@@ -326,6 +330,10 @@ class Seen:
     def full(self) -> Any:
         """See Look.full."""
         return self.look.full()
+
+    def factors(self) -> Any:
+        """See Look.factors."""
+        return self.look.factors()
 
     def queries(self, prefix: bool = False) -> Any:
         """See Look.queries."""
