@@ -13,6 +13,7 @@ from foveal.train.errors import SettingsError
 from foveal.train.models import Built
 from foveal.train.names import unknown
 from foveal.train.settings import Settings
+from foveal.train.sources import guide_source
 from foveal.transfer import GUIDES, Guide
 
 OURS = (
@@ -109,30 +110,27 @@ def guide_of(
 def _source(settings: Settings, built: Built) -> nn.Module | None:
     """The model to compare with; None: the model itself without its adapters."""
     if settings.guide_source != "init":
-        from foveal.train.sources import guide_source
-
-        return guide_source(settings.guide_source, built.architecture, built.arguments)[0]
+        return _other(settings.guide_source, settings, built)
     if settings.tune == "lora" and settings.guide == "gta":
         return None
     return built.model
+
+
+def _other(spec: str, settings: Settings, built: Built) -> nn.Module:
+    return guide_source(spec, built.architecture, built.arguments, image=built.image, seed=settings.seed)[0]
 
 
 def _co_tuning(
     settings: Settings, built: Built, data: Data, weight: float, options: dict[str, Any], device: torch.device
 ) -> Guide:
     """Co-Tuning: the source's own classifier, and what it says of the training images as they are."""
-    from foveal.train.mapping import network, refitted
-    from foveal.transfer import co_tuning_of
-
     which = settings.init if settings.guide_source == "init" else settings.guide_source
-    which = settings.model if which == "pretrained" else which
-    model, config, _ = network(which, "guide_source")
-    model = model.to(device).eval()
+    model = _other(settings.model if which == "pretrained" else which, settings, built).to(device)
     batches = Batches(data.train, built.image, settings.batch_size, train=False, flip=False, device=device)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
-            logits.append(model(refitted(batch.images, built.image, config)).float().cpu())
+            logits.append(model(batch.images).float().cpu())
             labels.append(batch.labels.cpu())
     return co_tuning_of(model.cpu(), torch.cat(logits), torch.cat(labels), len(data.classes), weight=weight, **options)

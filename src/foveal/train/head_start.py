@@ -93,7 +93,7 @@ def probe_head(
     gives; then the model is as it was. DataError for unreadable images.
     """
     asked = sorted(set(strengths))
-    if not asked or not 0 < asked[0] <= asked[-1] < math.inf:
+    if not asked or not all(0 < one < math.inf for one in asked):
         raise ValueError(f"strengths={tuple(strengths)}: give one or several above 0")
     heads = linear_heads(model, len(images.classes))
     home, where = device_of(model), device_of(model, device)

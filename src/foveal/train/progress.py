@@ -39,6 +39,8 @@ class Show(lightning.Callback):  # type: ignore[misc]  # Lightning is not typed 
             say(f"       {note}")
         h, w = built.image.size
         say(f"model  {built.architecture}, {parameters:.2f} M parameters, {h} x {w} pixels; {built.origin}")
+        for note in built.notes:
+            say(f"       {note}")
         say(f"train  {how}, {epochs} epochs on {where} -> {self.record.folder}")
         if checkpoint is not None:
             say(f"       continuing from {checkpoint}")

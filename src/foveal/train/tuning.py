@@ -6,14 +6,14 @@ import torch
 
 from foveal.data import Data
 from foveal.train.errors import SettingsError
-from foveal.train.models import Built
+from foveal.train.head_start import probe_head
+from foveal.train.models import Built, create
 from foveal.train.settings import Settings
+from foveal.transfer import freeze, inject, is_adapted, merged_state
 
 
 def start_head(settings: Settings, built: Built, data: Data, device: torch.device) -> None:
     """Give the classifier the weights of a linear probe on the frozen features of the training images (LP-FT)."""
-    from foveal.train.head_start import probe_head
-
     probe_head(
         built.model,
         data.train,
@@ -29,8 +29,6 @@ def choose_trained(settings: Settings, built: Built) -> None:
     """Freeze what is not to be trained, or add adapters. Raises SettingsError where the model has no such part."""
     if settings.tune == "all":
         return
-    from foveal.transfer import freeze, inject
-
     try:
         if settings.tune == "lora":
             inject(built.model, **settings.tune_args)
@@ -42,13 +40,8 @@ def choose_trained(settings: Settings, built: Built) -> None:
 
 def merged(built: Built) -> Built:
     """The model as timm builds it, with its adapters merged into the weights; without adapters as it is."""
-    if not any("lora_" in name for name, _ in built.model.named_parameters()):
-        return built
-    from foveal.train.models import rebuilt
-    from foveal.transfer import is_adapted, merged_state
-
     if not is_adapted(built.model):
         return built
-    model = rebuilt(built)
+    model = create(built.architecture, built.arguments)
     model.load_state_dict(merged_state(built.model))
     return replace(built, model=model)
