@@ -320,6 +320,15 @@ def test_targets_are_linear_layers_of_the_blocks():
     assert len(list(lora._adapted(model))) == 6
 
 
+def test_many_targets_reach_no_layer_of_the_pooling_head():
+    model = timm.create_model("vit_base_patch16_siglip_224", **(SMALL | {"depth": 6}))
+    targets = ("qkv", "proj", "fc1", "fc2")
+    wanted = target_modules(model, targets)
+    assert len(wanted) == 24
+    inject(model, targets=targets)
+    assert [name for name, _ in lora._adapted(model)] == wanted
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

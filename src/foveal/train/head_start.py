@@ -31,6 +31,7 @@ from foveal.evaluate.knn import matched
 from foveal.evaluate.probe import Trial, accuracy_and_loss, check, hold_out
 from foveal.evaluate.running import device_of
 from foveal.maps.asking import as_wanted, asking
+from foveal.transfer.head import classifiers
 
 STRENGTHS = tuple(10.0**e for e in range(-7, 3))  # scikit-learn's C: small is a strong penalty
 ROUNDS = 200  # of L-BFGS, as the authors; where it stops sooner than it converges, that is the probe
@@ -118,9 +119,11 @@ def probe_head(
 
 def linear_heads(model: nn.Module, classes: int) -> list[nn.Linear]:
     """The classifiers of a timm model, one or two. Raises ValueError unless they are linear, with a bias and C rows."""
-    found = getattr(model, "get_classifier", lambda: None)()
+    found = classifiers(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no classifier: build it with num_classes={classes}")
     heads: list[nn.Linear] = []
-    for head in found if isinstance(found, tuple | list) else [found]:
+    for head in found:
         if not isinstance(head, nn.Linear) or head.bias is None:
             raise ValueError(
                 f"the classifier of {type(model).__name__} is {type(head).__name__}, not a linear layer with a bias:"

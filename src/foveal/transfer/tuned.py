@@ -21,6 +21,8 @@ from typing import Any
 from timm.models import group_parameters
 from torch import nn
 
+from foveal.transfer.head import classifiers
+
 TUNES = ("all", "head", "attention", "bias", "last-K", "lora")
 POOLS = ("attn_pool", "seq_pool")  # pooling heads that attend; models have one only where it pools
 
@@ -67,9 +69,7 @@ def train_only(model: nn.Module, chosen: Chosen) -> None:
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier's parameters; distilled models have two classifiers. Raises ValueError without one."""
-    found = getattr(model, "get_classifier", lambda: None)()
-    heads = found if isinstance(found, tuple | list) else [found]
-    own = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    own = {id(p) for head in classifiers(model) for p in head.parameters()}
     names = tuple(name for name, p in model.named_parameters() if id(p) in own)
     if not names:
         raise ValueError(f"{type(model).__name__} has no classifier to tune: build it with num_classes above 0")
