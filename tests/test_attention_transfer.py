@@ -24,7 +24,6 @@ INF = float("inf")
 FAMILIES = (
     "vit_tiny_patch16_224",
     "deit_tiny_distilled_patch16_224",
-    "vit_small_patch14_reg4_dinov2",
     "vit_small_patch16_dinov3",
     "eva02_base_patch14_224",
     "beit_base_patch16_224",
@@ -47,6 +46,11 @@ def no_trace():
 
 def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def tiny_swin():
+    settings = {"embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    return timm.models.SwinTransformer(img_size=32, patch_size=4, **settings)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -328,7 +332,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="weight=-1"):
         AttentionTransfer(model, weight=-1)
     with pytest.raises(ValueError, match="window attention"):
-        AttentionTransfer(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)))
+        AttentionTransfer(tiny_swin())
     with pytest.raises(ValueError, match="pool attention"):
         AttentionTransfer(case("vit_base_patch16_siglip_224")[0], layers="attn_pool")
 
@@ -520,7 +524,7 @@ def test_copies_that_cannot_be_are_refused():
     compiled = torch.compile(vit(), backend="eager")
     with pytest.raises(foveal.UnsupportedModelError, match="compiled"), AttentionCopy(vit()).on(compiled, images):
         pass
-    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    swin = tiny_swin()
     with pytest.raises(foveal.UnsupportedModelError, match="keeps its own map"):
         replace(swin, 0, [Factors()])
     with pytest.raises(foveal.UnsupportedModelError, match="attn_pool"):

@@ -77,7 +77,10 @@ def attn_distill_loss(
     """
     for name, row, (h, w) in (("student", student, student_grid), ("teacher", teacher, teacher_grid)):
         if row.dim() != 3 or row.shape[-1] != 1 + h * w:
-            raise ValueError(f"the {name}'s rows are {tuple(row.shape)}, expected (images, heads, 1 + {h} x {w})")
+            raise ValueError(
+                f"the {name}'s rows are {tuple(row.shape)}, expected (images, heads, 1 + {h} x {w}): patch dropout "
+                "removes tokens (set patch_drop_rate=0), or the grid is another row's"
+            )
     if len(student) != len(teacher):
         raise ValueError(f"{len(student)} images of the student against {len(teacher)} of the teacher")
     wide = torch.promote_types(torch.promote_types(torch.float32, student.dtype), teacher.dtype)
