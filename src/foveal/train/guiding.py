@@ -14,7 +14,7 @@ from foveal.train.models import Built
 from foveal.train.names import unknown
 from foveal.train.settings import Settings
 from foveal.train.sources import guide_source
-from foveal.transfer import GUIDES, Guide
+from foveal.transfer import GUIDES, Guide, co_tuning_of
 
 OURS = (
     "self",
@@ -133,4 +133,5 @@ def _co_tuning(
         for batch in batches:
             logits.append(model(batch.images).float().cpu())
             labels.append(batch.labels.cpu())
-    return co_tuning_of(model.cpu(), torch.cat(logits), torch.cat(labels), len(data.classes), weight=weight, **options)
+    answers = torch.cat(logits), torch.cat(labels)
+    return co_tuning_of(model.cpu(), *answers, len(data.classes), weight=weight, seed=settings.seed, **options)

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from foveal.data import Data
-from foveal.train.errors import SettingsError
+from foveal.data import Data, DataError
+from foveal.train.errors import RunError, SettingsError
 from foveal.train.head_start import probe_head
+from foveal.train.loop import workers_for
 from foveal.train.models import Built, create
 from foveal.train.settings import Settings
 from foveal.transfer import freeze, inject, is_adapted, merged_state
@@ -14,15 +15,21 @@ from foveal.transfer import freeze, inject, is_adapted, merged_state
 
 def start_head(settings: Settings, built: Built, data: Data, device: torch.device) -> None:
     """Give the classifier the weights of a linear probe on the frozen features of the training images (LP-FT)."""
-    probe_head(
-        built.model,
-        data.train,
-        built.image,
-        val=data.val,
-        batch_size=settings.batch_size,
-        device=device,
-        seed=settings.seed,
-    )
+    try:
+        probe_head(
+            built.model,
+            data.train,
+            built.image,
+            val=data.val,
+            batch_size=settings.batch_size,
+            device=device,
+            seed=settings.seed,
+            workers=workers_for(settings.workers, data),
+        )
+    except ValueError as error:
+        if isinstance(error, RunError | SettingsError | DataError):
+            raise
+        raise SettingsError(f"head_start=probe: {error}") from error
 
 
 def choose_trained(settings: Settings, built: Built) -> None:
@@ -31,7 +38,7 @@ def choose_trained(settings: Settings, built: Built) -> None:
         return
     try:
         if settings.tune == "lora":
-            inject(built.model, **settings.tune_args)
+            inject(built.model, **settings.tune_args, seed=settings.seed)
         else:
             freeze(built.model, settings.tune)
     except (TypeError, ValueError, ImportError) as error:
