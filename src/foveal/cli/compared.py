@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from foveal.stats import Interval
+from foveal.stats import Interval, paired_over_seeds
 from foveal.train.comparison import Comparison, higher_is_better
 
 NAMES = {
@@ -20,6 +20,7 @@ NAMES = {
     "inconsistency": "inconsistency",
     "pointing": "attention on object",
     "bg_gap": "BG-Gap",
+    "drift": "drift",
 }
 
 
@@ -119,6 +120,9 @@ def _two(comparison: Comparison) -> Table:
         for arm in others:
             cells += _difference(comparison, key, arm, "images", "seeds")
         grid.add_row(_name(key), *cells)
+    if any(drifts := [_drift(comparison, arm) for arm in comparison.arms]):
+        means = [_percent(_mean(list(each.values()))) for each in drifts]
+        grid.add_row(NAMES["drift"], *means, *(cell for arm in others for cell in _apart(comparison, arm)))
     costs, memory = (
         [_cost(comparison, arm) for arm in comparison.arms],
         [_memory(comparison, a) for a in comparison.arms],
@@ -150,6 +154,9 @@ def _main(comparison: Comparison) -> Table:
 def _others(comparison: Comparison, width: int) -> list[Table]:
     """Arms are rows: mean and difference of the other metrics, cost and memory; as many tables as `width` takes."""
     columns = [(_short(key), [_both(comparison, key, arm) for arm in comparison.arms]) for key in _further(comparison)]
+    if any(drifts := [_drift(comparison, arm) for arm in comparison.arms]):
+        cells = [_percent(_mean(list(each.values()))) for each in drifts]
+        columns.append((NAMES["drift"], cells))
     if comparison.costs:
         columns.append(("step's\ncost", [_cost(comparison, arm) for arm in comparison.arms]))
     memory = [_memory(comparison, arm) for arm in comparison.arms]
@@ -239,6 +246,21 @@ def _both(comparison: Comparison, key: str, arm: str) -> str:
     return f"{mean} {_percent(found.mean, sign=True):>6}{star}"
 
 
+def _drift(comparison: Comparison, arm: str) -> dict[int, float]:
+    """Share of the attention that lies elsewhere than in the source, by seed; {} where no run of the arm tells."""
+    found = {run.settings.seed: run.results.get("drift") for run in comparison.runs(arm)}
+    return {seed: drift for seed, drift in found.items() if drift is not None}
+
+
+def _apart(comparison: Comparison, arm: str) -> list[str]:
+    """Cells of what the drift of an arm is above its baseline's, over the seeds that both have."""
+    mine, theirs = _drift(comparison, arm), _drift(comparison, str(comparison.baseline(arm)))
+    if not (both := [seed for seed in mine if seed in theirs]):
+        return ["-"] * 4
+    found = paired_over_seeds([mine[seed] for seed in both], [theirs[seed] for seed in both])
+    return [_percent(found.mean, sign=True), "-", _ends(found), "-"]
+
+
 def _cost(comparison: Comparison, arm: str) -> str:
     cost = comparison.costs.arms.get(arm) if comparison.costs else None
     if cost is None:
@@ -274,6 +296,8 @@ def _explained(comparison: Comparison, few: bool) -> list[str]:
     lower = dict.fromkeys(NAMES[key.partition("/")[0]] for key in comparison.metrics if not higher_is_better(key))
     if few and lower:
         lines.append(f"less is better: {', '.join(lower)}")
+    if any(_drift(comparison, arm) for arm in comparison.arms):
+        lines.append("drift: share of the attention that left where the source looks; neither way is better")
     compared = [arm for arm in comparison.arms if comparison.baseline(arm)]
     if compared:
         bases = dict.fromkeys(str(comparison.baseline(arm)) for arm in compared)

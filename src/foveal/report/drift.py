@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from foveal.report import chart
 from foveal.report.axes import log_scale, number, scale
 from foveal.report.gather import Arm, Subject
+from foveal.report.tables import MISSING
 from foveal.report.ways import is_guided, plain_of
 from foveal.report.words import ATTENTIVE, HELD, SAME_DRIFT, STILL, STRONG, WEAK, percent
 from foveal.train.run import Run
@@ -49,11 +50,18 @@ class Plain:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is said of an arm's guidance: `word` is ignored, rigid, followed, or "" where it cannot be told."""
+    """What is said of an arm's guidance: `word` is ignored, rigid, followed, or "" where it cannot be told.
+
+    why: a sentence.  cells: the same as a row under COLUMNS.
+    """
 
     name: str
     word: str
     why: str
+    cells: tuple[str, ...]
+
+
+COLUMNS = ("gradient ratio", "second half", "drift, %", "plain’s", "validation, %", "plain’s")
 
 
 def panels(subject: Subject, pairs: Sequence[tuple[Arm, ...]]) -> list[Panel]:
@@ -94,12 +102,14 @@ def judged(subject: Subject) -> list[Judged]:
         against = None
         if plain is not None:
             both = [seed for seed in seeds if seed in {run.settings.seed for run in plain.runs}]
-            drift, accuracy = _end(_of(plain.runs, both)), _accuracy(_of(plain.runs, both))
-            if both and math.isfinite(drift):
-                runs, against = _of(arm.runs, both), Plain(plain.name, drift, accuracy)
-        ratios = [_series(run, RATIO)[1] for run in runs]
-        word, why = judge(ratios, _end(runs), _accuracy(runs), against, arm.runs[0].settings.guide in ATTENTIVE)
-        found.append(Judged(arm.name, word, why))
+            theirs = _of(plain.runs, both)
+            if both and math.isfinite(_end(theirs)):
+                runs, against = _of(arm.runs, both), Plain(plain.name, _end(theirs), _accuracy(theirs))
+        ratios, drift, accuracy = [_series(run, RATIO)[1] for run in runs], _end(runs), _accuracy(runs)
+        word, why = judge(ratios, drift, accuracy, against, arm.runs[0].settings.guide in ATTENTIVE)
+        base = (against.drift, against.accuracy) if against else (math.nan, math.nan)
+        shares = (_cell(100 * one, ".1f") for one in (drift, base[0], accuracy, base[1]))
+        found.append(Judged(arm.name, word, why, (_cell(_median(ratios)), _cell(_late(ratios)), *shares)))
     return found
 
 
@@ -112,7 +122,7 @@ def judge(
     in [0, 1], NaN if unknown.  accuracy: on validation.  attentive: the guide aims at the attention itself.
     """
     median = _median(ratios)
-    late = _median([each[len(each) // 2 :] for each in ratios])
+    late = _late(ratios)
     known = math.isfinite(drift)
     rests = [_ratio_told(median, late)]
     if known:
@@ -150,6 +160,14 @@ def _median(ratios: Sequence[Floats]) -> float:
     held = np.concatenate([*ratios, np.empty(0)])
     held = held[np.isfinite(held)]
     return float(np.median(held)) if len(held) else math.nan
+
+
+def _late(ratios: Sequence[Floats]) -> float:
+    return _median([each[len(each) // 2 :] for each in ratios])
+
+
+def _cell(value: float, form: str = ".2g") -> str:
+    return f"{value:{form}}" if math.isfinite(value) else MISSING
 
 
 def _of(runs: Sequence[Run], seeds: Sequence[int]) -> tuple[Run, ...]:

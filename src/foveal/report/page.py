@@ -71,6 +71,7 @@ def render(subject: Subject, data: Data | None = None) -> str:
         "sources": told.source_told(subject),
         "drifts": drift.panels(subject, sections.pairs_of(shown.arms)),
         "judged": drift.judged(subject),
+        "judged_columns": drift.COLUMNS,
         "shares": learning_curves(subject),
         "lambdas": lambda_curves(subject),
         "classes": classes.by_class(subject, shown.arms),

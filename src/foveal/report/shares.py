@@ -63,7 +63,6 @@ def learning_curves(subject: Subject) -> list[Curve]:
             steps,
             label=f"accuracy by share of the labels: {heard}",
             unit="%",
-            x_label="images",
             up=up,
         )
         gain, says = None, ""
@@ -74,7 +73,7 @@ def learning_curves(subject: Subject) -> list[Curve]:
                 [Ladder("arm", rungs)],
                 steps,
                 label=f"{way.name} minus {base.name}: {told(rungs, names, 'points', sign=True)}",
-                unit="points",
+                unit="",
                 up=over,
                 zero=True,
                 height=130,
@@ -103,10 +102,10 @@ def growth(subject: Subject, key: str, arms: dict[Share, Arm], base: dict[Share,
 
 
 def _grows(change: Interval) -> str:
-    size = f"{points(change.mean)} points between them"
-    if not is_clear(change):
-        return f"{size}, of which neither growth nor decline can be claimed"
-    return f"{size}, the gain {'grows' if change.mean > 0 else 'declines'} as labels shrink"
+    size = f"{points(change.mean)} points"
+    if is_clear(change):
+        return f"the gain {'grows' if change.mean > 0 else 'declines'} as labels shrink, by {size}"
+    return f"{size} between them, which is not enough to claim that the gain grows or declines as labels shrink"
 
 
 def _ways(subject: Subject) -> list[_Way]:
