@@ -63,9 +63,18 @@ def test_zero_at_the_start_with_zero_gradient():
 
 def test_the_gradient_can_be_asked_twice():
     w = torch.randn(3, requires_grad=True)
-    loss = l2_sp([w], [torch.ones(3)])
-    first = torch.autograd.grad(loss, w, retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(loss, w)[0], first)
+    for loss in (3 * l2_sp([w], [torch.ones(3)]), 3 * l2_sp([w])):
+        first, second, third = (torch.autograd.grad(loss, w, retain_graph=True)[0] for _ in range(3))
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def test_the_weights_are_not_touched_by_their_gradient():
+    w, start = torch.arange(3.0).requires_grad_(), torch.ones(3)
+    (5 * l2_sp([w], [start]) + 7 * l2_sp([w])).backward()
+    assert w.tolist() == [0.0, 1.0, 2.0]
+    assert start.tolist() == [1.0, 1.0, 1.0]
+    assert w.grad.tolist() == [-5.0, 7.0, 19.0]
 
 
 def test_half_precision_is_summed_in_float32():

@@ -42,24 +42,28 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
 
 
 class _HalfSquares(torch.autograd.Function):
-    """A few fused passes over all weights, forward and backward; autograd would take a kernel or three per tensor.
+    """A few fused passes over all weights; autograd would take several kernels per tensor.
 
-    The differences are computed again for the gradient: kept, they would hold one more model of memory beside the
-    activations.
+    The differences become the gradient in place, so they are allocated once; asked again, they are computed again.
     """
 
     @staticmethod
     def forward(ctx: Any, starts: tuple[Tensor, ...] | None, *weights: Tensor) -> Tensor:
+        away = _away(weights, starts)
         ctx.save_for_backward(*weights)
-        ctx.starts = starts
-        return torch.stack(torch._foreach_norm(_away(weights, starts))).square().sum() / 2
+        ctx.starts, ctx.away = starts, away if starts is not None else None  # without starts they are the weights
+        return torch.stack(torch._foreach_norm(away)).square().sum() / 2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        weights = ctx.saved_tensors
-        scaled = torch._foreach_mul(_away(weights, ctx.starts), gradient)
-        return None, *(g.to(w.dtype) for g, w in zip(scaled, weights, strict=True))
+        weights, away = ctx.saved_tensors, ctx.away
+        ctx.away = None
+        if away is None:
+            away = torch._foreach_mul(_away(weights, ctx.starts), gradient)
+        else:
+            torch._foreach_mul_(away, gradient)
+        return None, *(g.to(w.dtype) for g, w in zip(away, weights, strict=True))
 
 
 def _away(weights: Sequence[Tensor], starts: Sequence[Tensor] | None) -> list[Tensor]:
