@@ -104,6 +104,9 @@ def test_the_weight_is_the_methods_own_unless_it_is_said(source, tmp_path: Path)
     assert weight_of(tiny(tmp_path, init=source, guide="gta", guide_weight=0.0)) == 0.0
     assert {"match", "layers", "query", "reduction"} <= set(options_of("gta"))
     assert "source" not in options_of("gta")
+    assert options_of("co_tuning") == ["table"]
+    assert "head" in options_of("l2_sp")
+    assert options_of("none") == []
 
 
 def test_schedules_of_the_weight():

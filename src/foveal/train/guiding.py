@@ -29,8 +29,9 @@ OURS = (
 def options_of(name: str) -> list[str]:
     """What `guide_args` may hold for a guide."""
     kind = GUIDES[name]
-    found = [] if kind is None else [one for one in inspect.signature(kind).parameters if one not in OURS]
-    return [*found, "table"] if name == "co_tuning" else found
+    if name == "co_tuning":
+        return ["table"]
+    return [] if kind is None else [one for one in inspect.signature(kind).parameters if one not in OURS]
 
 
 def default_weight(name: str) -> float:
