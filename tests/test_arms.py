@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
 
-from foveal.train import SettingsError
+from foveal.cli import sweep
+from foveal.train import Settings, SettingsError
 from foveal.train.arms import arms_of
+from foveal.train.models import build, class_pool
 
 COMMON = {"data": "digits", "init": "demo", "model": "demo"}
 
@@ -121,3 +124,67 @@ def test_maps_given_for_all_hold_for_those_that_follow_one():
 def test_what_cannot_be_meant(mixes, guides, fractions, message):
     with pytest.raises(SettingsError, match=re.escape(message)):
         arms_of(COMMON, mixes, guides, fractions)
+
+
+# -- one model for all arms
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+AVERAGING = {"data": "digits", "init": "none", "model": "eva02_tiny_patch14_224", "model_args": SMALL}
+DINO = {**AVERAGING, "model": "vit_small_patch16_dinov3"}
+GTA = "gta:source=none"  # a random source: init=none has no other
+
+
+@pytest.mark.parametrize("common", [AVERAGING, DINO])
+def test_where_some_arm_guides_the_class_token_all_classifiers_read_it(common):
+    guides = ["none", "none:tune=head", "l2_sp:source=none", GTA, "gta:source=none,query=mean"]
+    arms = arms_of(common, ["none"], guides, [0.5, 1])
+    models = {name: build(one, 10) for name, one in arms.settings.items()}
+    assert {built.model.global_pool for built in models.values()} == {"token"}
+    assert len({str(sorted(built.arguments.items())) for built in models.values()}) == 1
+    plain, guided = (models[name].model.state_dict() for name in ("none", "none+gta-source=none"))
+    assert list(plain) == list(guided)
+    assert all(torch.equal(plain[name], guided[name]) for name in plain)
+    assert arms.pool.items() <= arms.settings["none"].model_args.items()
+    assert SMALL.items() <= arms.settings["none"].model_args.items()
+
+
+def test_the_norm_stays_behind_the_pool():
+    assert arms_of(AVERAGING, ["none"], ["none", GTA], [None]).pool == {"global_pool": "token", "use_fc_norm": True}
+    normed = {**DINO, "model_args": {**SMALL, "use_fc_norm": False}}
+    assert arms_of(normed, ["none"], ["none", GTA], [None]).pool == {"global_pool": "token"}
+
+
+@pytest.mark.parametrize(
+    ("common", "guides"),
+    [
+        (AVERAGING, ["none", "l2_sp:source=none", "gta:source=none,query=mean"]),
+        (AVERAGING, ["none", "gta:source=none,average_pooled=true"]),
+        ({**AVERAGING, "model_args": {**SMALL, "global_pool": "avg"}}, ["none", GTA]),
+        ({**AVERAGING, "model": "vit_tiny_patch16_224"}, ["none", GTA]),  # reads its class token anyway
+        ({**AVERAGING, "model": "resnet10t", "model_args": {}}, ["none", GTA]),  # has none
+    ],
+)
+def test_a_model_is_left_as_it_is_where_no_guide_needs_another(common, guides):
+    arms = arms_of(common, ["none"], guides, [None])
+    assert arms.pool == {}
+    assert {str(one.model_args) for one in arms.settings.values()} == {str(common["model_args"])}
+
+
+def test_asking_for_the_pool_makes_no_weights_and_draws_nothing():
+    before = torch.random.get_rng_state()
+    huge = Settings.from_dict(
+        {**AVERAGING, "guide": "gta", "guide_source": "none", "model_args": {"embed_dim": 48_000}}
+    )
+    assert class_pool(huge)["global_pool"] == "token"  # 330 GB of weights
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(SettingsError, match="unknown model 'eva02_tny_patch14_224'"):
+        arms_of({**AVERAGING, "model": "eva02_tny_patch14_224"}, ["none"], ["none", GTA], [None])
+
+
+def test_a_sweep_that_finds_no_weight_keeps_the_model_it_was_swept_on():
+    swept = Settings.from_dict(
+        {**AVERAGING, "guide": "gta", "guide_source": "none", "guide_args": {"match": "centred"}}
+    )
+    plain = sweep._plain(swept)
+    assert (plain.guide, plain.guide_args, plain.guide_source) == ("none", {}, "init")
+    assert build(plain, 10).arguments == build(swept, 10).arguments

@@ -2,13 +2,15 @@
 
   foveal compare PHOTOS/ --mix none cutmix transmix tdattenmix --seeds 5
   foveal compare PHOTOS/ --guide none gta --label-fraction 0.15 1 --seeds 5 --jobs 4 --memory 24
+  foveal compare PHOTOS/ --guide none none:tune=head none:head_start=probe l2_sp gta gta:weight=10,schedule=cosine
   foveal compare PHOTOS/ --mix none "tdattenmix:map=label_biased,map.sigma=0.5,beta=0.1"
 
 Arms are all combinations of the listed mixers, guides and label fractions. Each is compared with the first
 combination listed for its label fraction, so list first what you do today, or none. With the same seed all arms have
 the same split, initial weights and order of batches. After a colon come settings: of the mixer (beta=0.1), of the
 map that it follows (map=..., map.sigma=..., map_model=..., map_warmup=...), of a token mixer on top of it
-(token_mix=horizontal, token.KEY=...), of the guide (gta:weight=10).
+(token_mix=horizontal, token.KEY=...), of the guide (gta:weight=10,schedule=cosine,source=runs/OTHER,match=centred),
+and with any guide or none, of what is trained (tune=lora,tune.rank=4) and how the head begins (head_start=probe).
 
 The same command goes on after a stop, tries again what failed, adds arms or seeds to what is there, and prints the
 results when all is done. They are also in comparison.csv and report.html.
@@ -37,7 +39,13 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cifar10, ..."
     )
     parser.add_argument("--mix", nargs="+", metavar="MIX", help="mixers to compare (default: the recipe's, or none)")
-    parser.add_argument("--guide", nargs="+", metavar="GUIDE", help="guides to compare: none, gta")
+    parser.add_argument(
+        "--guide",
+        nargs="+",
+        metavar="GUIDE",
+        help="guides to compare: none, gta, l2_sp, delta, bss, co_tuning, attention_transfer, attn_distill;"
+        " none:tune=head trains the head alone",
+    )
     parser.add_argument(
         "--label-fraction", nargs="+", metavar="X", help="shares of the training images of each class, in (0, 1]"
     )
@@ -147,6 +155,14 @@ def _say(console: Any, arms: Arms, seeds: int, out: Path) -> None:
     bases = [arm for arm in arms.settings if arm not in arms.baseline_of]
     if count > len(bases):
         console.print(f"baseline: {', '.join(bases)} (the first combination listed)", soft_wrap=True, markup=False)
+    if arms.pool:
+        said = ", ".join(f"{name}={value}" for name, value in arms.pool.items())
+        console.print(
+            f"in every arm the classifier reads the class token ({said}), whose attention is guided in some;"
+            " say --model-args global_pool=avg for the mean of patches",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _measure(console: Any, comparison: Any, arms: Arms) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from foveal.cli.flags import add_settings
 from foveal.cli.train import settings_of
 from foveal.train.errors import SettingsError
+from foveal.train.settings import Settings
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +47,19 @@ def run(values: argparse.Namespace) -> int:
         print(f"{found.guide} weight {weight:<8g} held-out accuracy {100 * found.mean(weight):5.1f} %{chosen}")
     if not found.best:
         print(f"no weight of {found.guide} was better than none on the held-out images")
-    kind = settings.replace(guide_weight=found.best) if found.best else settings.replace(guide="none", guide_args={})
+    kind = settings.replace(guide_weight=found.best) if found.best else _plain(settings)
     print(f"train with: {kind.command()}")
     return 0
+
+
+def _plain(settings: Settings) -> Settings:
+    """The run that weight 0 was: without the guide, but with the model that it was swept on."""
+    from foveal.train.models import class_pool
+
+    unguided = settings.replace(
+        guide="none", guide_weight=None, guide_args={}, guide_schedule="constant", guide_source="init"
+    )
+    return unguided.replace(model_args=settings.model_args | class_pool(settings))
 
 
 class _Told:

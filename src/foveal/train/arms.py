@@ -7,11 +7,14 @@ the rest are settings of the mixer; `token_mix=horizontal` mixes tokens on top o
 that. In a guide's words `weight`, `schedule`, `source`, `tune` and `head_start` are settings of the run, `tune.KEY` is
 a setting of what is tuned, and the rest are settings of the guide; `none:tune=head` guides nothing and trains the head
 alone. Each fraction of the labels has its own baseline: the first combination listed.
+
+All arms have the same model: where a guide makes its classifier read the class token (`models.class_pool`), it does in
+every arm.
 """
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +37,14 @@ OWN = ("mix_args", *TOKENS, *MAP)  # settings that belong to one mixer
 
 @dataclass(frozen=True)
 class Arms:
-    """What is compared. baseline_of: the arm that each arm but the baselines is compared with."""
+    """What is compared. baseline_of: the arm that each arm but the baselines is compared with.
+
+    pool: arguments of the model that all arms have because the guide of some reads the class token's attention.
+    """
 
     settings: dict[str, Settings]
     baseline_of: dict[str, str]
+    pool: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,19 @@ def arms_of(
                 first = name
             else:
                 baseline_of[name] = first
-    return Arms(settings, baseline_of)
+    pool = _pool(settings.values())
+    if pool:
+        settings = {name: one.replace(model_args=one.model_args | pool) for name, one in settings.items()}
+    return Arms(settings, baseline_of, pool)
+
+
+def _pool(arms: Collection[Settings]) -> dict[str, Any]:
+    """What one arm's guide adds to the arguments of the model, for all: else the plain arm would train another."""
+    if all(one.guide == "none" for one in arms):
+        return {}
+    from foveal.train.models import class_pool, wants_class_token
+
+    return next((class_pool(one) for one in arms if wants_class_token(one)), {})  # the model is the same in all
 
 
 def _own(mix: Spoken, common: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

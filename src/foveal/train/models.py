@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 import foveal.models  # noqa: F401  CCT, CVT and ViT-Lite: importing the room tells timm their names
@@ -107,12 +108,27 @@ def _start(
         return create(architecture, arguments | extra), "random weights"
 
 
-def _class_pool(settings: Settings | PretrainSettings, model: nn.Module) -> dict[str, Any]:
-    """timm arguments that let the classifier read the class token; none where it does, or the user has decided."""
+def wants_class_token(settings: Settings | PretrainSettings) -> bool:
+    """Whether a guide of the class token's attention wants the classifier to read that token, and nobody decided it."""
     options: dict[str, Any] = getattr(settings, "guide_args", {})
     if getattr(settings, "guide", "none") not in CLASS_ROW_GUIDES or "global_pool" in settings.model_args:
-        return {}
-    if options.get("average_pooled") or options.get("query", "class") != "class":
+        return False
+    return not options.get("average_pooled") and options.get("query", "class") == "class"
+
+
+def class_pool(settings: Settings) -> dict[str, Any]:
+    """What `build` would add to the arguments so that the classifier reads the class token. No weights are made.
+
+    Raises SettingsError for an unknown model or argument.
+    """
+    architecture, arguments = resolve(settings)
+    with torch.device("meta"):
+        return _class_pool(settings, create(architecture, arguments))
+
+
+def _class_pool(settings: Settings | PretrainSettings, model: nn.Module) -> dict[str, Any]:
+    """timm arguments that let the classifier read the class token; none where it does, or need not."""
+    if not wants_class_token(settings):
         return {}
     if getattr(model, "cls_token", None) is None or getattr(model, "global_pool", None) not in ("avg", "avgmax", "max"):
         return {}
