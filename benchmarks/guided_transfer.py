@@ -16,8 +16,8 @@ curve, gta-centred, gta-kl, gta-cosine (relaxed to zero), gta-attn-out, gta-bloc
 (a source of random weights), gta-lora, transmix, gta+transmix, lp-ft+gta.
 
 Printed per share: accuracy on each test set, BG-Gap, attention on the object and drift, each as mean over seeds and
-paired difference to plain with its 95 % interval over seeds (Student's t). `--data backgrounds` is a task whose label is
-the photograph behind the digit.
+paired difference to plain with its 95 % interval over seeds (Student's t). With `--data backgrounds` the label is the
+photograph behind the digit.
 """
 
 from __future__ import annotations

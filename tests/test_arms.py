@@ -175,7 +175,7 @@ def test_asking_for_the_pool_makes_no_weights_and_draws_nothing():
     huge = Settings.from_dict(
         {**AVERAGING, "guide": "gta", "guide_source": "none", "model_args": {"embed_dim": 48_000}}
     )
-    assert class_pool(huge)["global_pool"] == "token"  # 330 GB of weights
+    assert class_pool(huge)["global_pool"] == "token"  # more than a terabyte of weights
     assert torch.equal(torch.random.get_rng_state(), before)
     with pytest.raises(SettingsError, match="unknown model 'eva02_tny_patch14_224'"):
         arms_of({**AVERAGING, "model": "eva02_tny_patch14_224"}, ["none"], ["none", GTA], [None])
