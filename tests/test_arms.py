@@ -49,6 +49,21 @@ def test_words_after_the_colon():
     assert re.fullmatch(r"[\w.+=%-]+", name)
 
 
+def test_words_of_a_guide():
+    words = (
+        "gta:weight=10,schedule=cosine,layers=[2, 3],match=centred,tune=lora,tune.targets=[qkv,proj],head_start=probe"
+    )
+    (name, found), *_ = arms_of(COMMON, ["none"], [words], [None]).settings.items()
+    assert name == (
+        "none+gta-weight=10-schedule=cosine-layers=2_3-match=centred-tune=lora-tune.targets=qkv_proj-head_start=probe"
+    )
+    assert (found.guide_weight, found.guide_schedule, found.head_start) == (10.0, "cosine", "probe")
+    assert found.guide_args == {"layers": [2, 3], "match": "centred"}
+    assert (found.tune, found.tune_args) == ("lora", {"targets": ["qkv", "proj"]})
+    (name, found), *_ = arms_of(COMMON, ["none"], ["none:tune=last-1"], [None]).settings.items()
+    assert (name, found.guide, found.tune) == ("none+tune=last-1", "none", "last-1")
+
+
 def test_tokens_mixed_on_top():
     (name, found), *_ = arms_of(
         COMMON, ["cutmix:token_mix=horizontal,token.rho_unit=mean"], ["none"], [None]

@@ -36,7 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.set_defaults(run=run)
     parser.add_argument(
-        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cifar10, ..."
+        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cub200, ..."
     )
     parser.add_argument("--mix", nargs="+", metavar="MIX", help="mixers to compare (default: the recipe's, or none)")
     parser.add_argument(

@@ -23,7 +23,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.set_defaults(run=run, resume=False)
     parser.add_argument(
-        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cifar10, ..."
+        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cub200, ..."
     )
     parser.add_argument("--weights", nargs="+", metavar="X", help="weights to try; 0 is no guidance")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each weight (default: 1)")

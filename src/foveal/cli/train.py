@@ -2,6 +2,7 @@
 
   foveal train PHOTOS/                                     fine-tune a ViT-S on a folder of class folders
   foveal train PHOTOS/ --mix transmix --guide gta          labels and guidance from its own attention
+  foveal train PHOTOS/ --init ibot.pth --guide gta         keep looking where these weights look
   foveal train PHOTOS/ --config recipe.yaml --lr 1e-4      a recipe, with one thing changed
   foveal train --resume runs/NAME                          go on after a stop
 
@@ -25,7 +26,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.set_defaults(run=run)
     parser.add_argument(
-        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cifar10, ..."
+        "data", nargs="?", metavar="DATA", help="a folder of class folders, a .npz pack, scenes, digits, cub200, ..."
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file with settings; flags go before it")
     parser.add_argument(

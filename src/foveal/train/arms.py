@@ -190,10 +190,10 @@ def _options(kind: str) -> list[str]:
 
 
 def _words(text: str) -> tuple[str, dict[str, tuple[Any, str]]]:
-    """`name:key=value,key=value` as the name and, by key, the value and how it is written in a folder's name."""
+    """`name:key=value,key=[a,b]` as the name and, by key, the value and how it is written in a folder's name."""
     kind, colon, rest = text.partition(":")
     pairs: dict[str, tuple[Any, str]] = {}
-    for part in rest.split(",") if colon else []:
+    for part in re.split(r",(?![^\[\]]*\])", rest) if colon else []:  # not at the commas of a list, [8,9]
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
             raise SettingsError(f"arm {text!r} does not fit: write name:key=value,key=value")

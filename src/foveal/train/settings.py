@@ -18,19 +18,22 @@ LORA = ("rank", "alpha", "dropout", "targets")
 class Settings(Plain):
     """A training run. Raises SettingsError for a value that cannot be meant."""
 
-    data: str = setting("", "what to learn: a folder of class folders, a .npz pack, scenes, digits, cifar10, ...")
+    data: str = setting("", "what to learn: a folder of class folders, a .npz pack, scenes, digits, cub200, ...")
     data_seed: int | None = setting(0, "seed of the split, the subset and made images; null: the run's seed")
     label_fraction: float | None = setting(None, "train on this share of the images of each class, in (0, 1]")
     per_class: int | None = setting(None, "train on this many images of each class")
     train_list: str | None = setting(None, "train on the images that this text file names, one per line")
     held_out: float | None = setting(
-        None, "select on this share of those images, held out class by class, instead of on the validation images"
+        None, "select the epoch on this share of the training images, held out class by class, not on the val images"
     )
 
     model: str = setting("vit_small_patch16_224", "a timm model, with or without a weights tag; or demo")
     model_args: dict[str, Any] = setting({}, "further arguments of timm.create_model, such as {depth: 4}")
     image_size: int | None = setting(None, "side of the input in pixels; null: the model's own")
-    init: str = setting("pretrained", "weights to start from: pretrained, none, demo, a file, or a run folder")
+    init: str = setting(
+        "pretrained",
+        "weights to start from: pretrained, none, demo, a file, a run or transformers folder, transformers:NAME",
+    )
 
     mix: str = setting("none", "how images and labels are mixed: none, mixup, cutmix, mixup+cutmix, transmix, ...")
     mix_args: dict[str, Any] = setting({}, "settings of the mixer, such as {prob: 0.5, mode: elem}")
@@ -46,15 +49,22 @@ class Settings(Plain):
         "none", "mixing inside the model, on top of mix: none, horizontal, vertical, both, manifold, alignmix"
     )
     token_mix_args: dict[str, Any] = setting({}, "settings of the token mixer, such as {horizontal: 1, rho_unit: mean}")
-    guide: str = setting("none", "a term beside the task's loss: none, gta, l2_sp, delta, bss, co_tuning, ...")
+    guide: str = setting(
+        "none",
+        "a term beside the task's loss: none, gta, l2_sp, delta, bss, co_tuning, attention_transfer, attn_distill",
+    )
     guide_weight: float | None = setting(None, "factor of the guide's term; null: the method's own (gta: 1)")
     guide_args: dict[str, Any] = setting({}, "settings of the guide, such as {match: centred}")
     guide_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "the guide's weight over the run: constant, or linear or cosine to zero"
     )
-    guide_source: str = setting("init", "the model to keep to: init (the initial weights), a run, a file, a timm model")
-    tune: str = setting("all", "what is trained: all, head, attention, bias, last-K (blocks), lora")
-    tune_args: dict[str, Any] = setting({}, "settings of lora, such as {rank: 8}")
+    guide_source: str = setting(
+        "init",
+        "the model to keep to: init (the initial weights), none (random), a run or transformers folder, a file,"
+        " a timm model",
+    )
+    tune: str = setting("all", "what is trained: all, head, attention, bias, last-K (blocks, as last-2), lora")
+    tune_args: dict[str, Any] = setting({}, "settings of lora, such as {rank: 8, targets: [qkv, proj]}")
     head_start: Literal["random", "probe"] = setting(
         "random", "the classifier's first weights: random, or probe: a linear probe's (LP-FT)"
     )
@@ -93,7 +103,7 @@ class Settings(Plain):
         "held_out": ("in [0.01, 0.5]", lambda v: 0.01 <= v <= 0.5),
         "image_size": ("1 or more", lambda v: v >= 1),
         "guide_weight": ("0 or more", lambda v: v >= 0),
-        "guide_source": ("init, none, a run folder, a file or a timm model", lambda v: bool(v)),
+        "guide_source": ("init, none, a folder, a file or a timm model", lambda v: bool(v)),
         "epochs": ("1 or more", lambda v: v >= 1),
         "batch_size": ("1 or more", lambda v: v >= 1),
         "accumulate": ("1 or more", lambda v: v >= 1),
