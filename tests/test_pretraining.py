@@ -1,6 +1,7 @@
 """Masked pre-training on disk: what a run leaves, what the map does to it, kills, processes, and what is refused."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 import foveal
 from foveal.cli import main
 from foveal.data import DataError
+from foveal.explain import discover, explain
 from foveal.maps import MapStore, MapStoreError
 from foveal.train import PretrainSettings, Run, RunError, Settings, SettingsError, fit, pretrain
+from foveal.train.labelling import label
 from test_train_processes import free_port
 from training import TINY, child, die, exit_code, tiny
 
@@ -52,6 +55,22 @@ def plain(tmp_path_factory) -> Run:
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory) -> Run:
     return pretrain(small(tmp_path_factory.mktemp("guided"), map="given"))
+
+
+def test_a_pretrained_encoder_is_explained_but_labels_nothing(plain: Run, tmp_path: Path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(photo)
+    names = [path.name for path in (*explain(plain, [photo], tmp_path), *discover(plain, [photo], tmp_path))]
+    assert names[:2] == ["photo-overlay.png", "photo-heads.png"]
+    assert len(names) > 2
+    with pytest.raises(RunError, match="knows no classes: fine-tune it first"):
+        label(plain, [photo])
+
+
+def test_an_unfinished_pretraining_names_its_own_command(plain: Run, tmp_path: Path):
+    shutil.copy(plain.folder / "settings.yaml", tmp_path)
+    with pytest.raises(RunError, match="foveal pretrain --resume"):
+        Run.load(tmp_path)
 
 
 def test_what_a_run_leaves_behind(plain: Run):

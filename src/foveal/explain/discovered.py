@@ -101,7 +101,7 @@ def discover(
     source = make(method, run.model(), run.config, **options)
     files = [Path(path) for path in paths]
     label = torch.zeros(1, dtype=torch.int64)
-    ready = [whole_frames(Images(label, tuple(run.classes), files=(file,)), run.config) for file in files]
+    ready = [whole_frames(Images(label, tuple(run.classes) or ("image",), files=(file,)), run.config) for file in files]
     written = []
     for name, frame in zip(numbered(files), ready, strict=True):
         found = source(frame.inputs)

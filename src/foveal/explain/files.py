@@ -18,6 +18,7 @@ from foveal.explain.pictures import Pictures, pictures
 from foveal.explain.save import save_png
 
 SIDE = 448  # shorter side of a large picture, in pixels
+UNTAUGHT = "no classes: an encoder pre-trained without labels"
 
 
 class Trained(Protocol):
@@ -34,7 +35,7 @@ def explain(run: Trained, paths: Sequence[str | Path], out: str | Path) -> list[
     """Two pictures per image in `out`: NAME-overlay.png and NAME-heads.png.
 
     The overlay shows the image as the model saw it and, beside it, where the last layer looks (mean over heads),
-    with the predicted class and its probability.  The heads are all layers x heads.  A model without class token
+    with the predicted class and its probability, where the run has classes.  The heads are all layers x heads.  A model without class token
     is shown by received attention, and the caption says so.  Images of one name get numbers.
     Returns the files in order.  Raises DataError for an image that cannot be read, before anything is written,
     and `foveal.UnsupportedModelError` for a model that cannot be read.
@@ -43,11 +44,12 @@ def explain(run: Trained, paths: Sequence[str | Path], out: str | Path) -> list[
         raise ValueError("give at least one image to explain")
     model, config, classes = run.model(), run.config, tuple(run.classes)
     files = [Path(path) for path in paths]
-    ready = [frames(Images(torch.zeros(1, dtype=torch.int64), classes, files=(file,)), config) for file in files]
+    unlabelled = torch.zeros(1, dtype=torch.int64), classes or ("image",)
+    ready = [frames(Images(*unlabelled, files=(file,)), config) for file in files]
     written: list[Path] = []
     for name, frame in zip(numbered(files), ready, strict=True):
         seen = pictures(model, frame.inputs)
-        image, said = frame.pixels[0], prediction(seen.logits[0], classes)
+        image, said = frame.pixels[0], prediction(seen.logits[0], classes) if classes else UNTAUGHT
         heads = seen.attention[-1].shape[1]
         note = f"{name}. Right: {seen.describe()}, mean over {heads} heads of {seen.layers[-1]}. "
         note += "Colour begins where a patch gets more than its even share."

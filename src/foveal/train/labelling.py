@@ -10,6 +10,7 @@ from foveal.data.decode import SUFFIXES, decode, why_unreadable
 from foveal.data.errors import DataError
 from foveal.data.images import Images
 from foveal.evaluate.predict import predict
+from foveal.train.errors import RunError
 from foveal.train.machine import device_of
 from foveal.train.run import Run
 
@@ -53,8 +54,13 @@ def label(
 ) -> Labelled:
     """The `top` most probable classes of each image (all of them, if there are fewer).
 
-    Raises DataError if not one of the images can be read.
+    Raises DataError if not one of the images can be read, RunError for a run without classes.
     """
+    if not run.classes:
+        raise RunError(
+            f"{run.folder} is a pre-training, whose encoder knows no classes: fine-tune it first, with"
+            f" foveal train DATA --init {run.folder}"
+        )
     where = device_of(device)
     model, classes = run.model().to(where), run.classes
     reasons = [why_unreadable(path) for path in paths]

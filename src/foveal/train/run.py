@@ -36,7 +36,10 @@ class Run:
             raise RunError(f"there is no run {folder}")
         if not (folder / "results.json").is_file():
             if (folder / "settings.yaml").is_file():
-                raise RunError(f"{folder} has not finished: continue it with foveal train --resume {folder}")
+                from foveal.train.folder import settings_in
+
+                command = settings_in(folder).COMMAND
+                raise RunError(f"{folder} has not finished: continue it with foveal {command} --resume {folder}")
             raise RunError(f"{folder} is not the folder of a run: it has no results.json")
         return cls(folder)
 
