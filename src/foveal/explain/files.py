@@ -35,8 +35,8 @@ def explain(run: Trained, paths: Sequence[str | Path], out: str | Path) -> list[
     """Two pictures per image in `out`: NAME-overlay.png and NAME-heads.png.
 
     The overlay shows the image as the model saw it and, beside it, where the last layer looks (mean over heads),
-    with the predicted class and its probability, where the run has classes.  The heads are all layers x heads.  A model without class token
-    is shown by received attention, and the caption says so.  Images of one name get numbers.
+    with the predicted class and its probability, where the run has classes.  The heads are all layers x heads.  A model
+    without class token is shown by received attention, and the caption says so.  Images of one name get numbers.
     Returns the files in order.  Raises DataError for an image that cannot be read, before anything is written,
     and `foveal.UnsupportedModelError` for a model that cannot be read.
     """

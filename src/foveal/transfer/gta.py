@@ -28,7 +28,8 @@ MATCHES = ("raw", "centred", "kl")
 QUERIES = {"class": "class_logits", "mean": "mean_query", "pool": "class_logits"}
 WHATS = ("logits", "attn_out", "block_out")
 COLUMNS = ("patches", "drop_first")
-REDUCTIONS: dict[str, Callable[[int, int, int, int], int]] = {  # name -> number of elements by which the sum is divided, of B, L, H, M
+# by how many of the B x L x H x M elements the sum is divided
+REDUCTIONS: dict[str, Callable[[int, int, int, int], int]] = {
     "mean_all": lambda B, L, H, M: B * L * H * M,
     "sum_heads_tokens__mean_batch_layers": lambda B, L, H, M: B * L,
     "sum_heads_tokens_layers__mean_batch": lambda B, L, H, M: B,
