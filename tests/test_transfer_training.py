@@ -18,9 +18,10 @@ from foveal.train.drift import Drift, SourceQuality, readable, total_variation
 from foveal.train.fitting import load_data, mixer_of
 from foveal.train.guiding import default_weight, guide_of, options_of, weight_of
 from foveal.train.models import build, create
+from foveal.train.optimise import Average
 from foveal.train.sweeping import Sweep, chosen, sweep, usual_weights
 from foveal.train.task import Classify, gradient_ratio, relaxed
-from foveal.transfer import GUIDES
+from foveal.transfer import GUIDES, L2SP
 from training import TINY, tiny
 
 
@@ -149,6 +150,27 @@ def test_a_decoupled_penalty_pulls_after_each_step(source, tmp_path: Path):
     assert held < 0.7 * free
 
 
+def test_what_follows_a_step_has_its_share_and_comes_before_the_average(source, tmp_path: Path, monkeypatch):
+    shares, steps = [], []
+
+    def after_step(self, model, optimizer, relax=1.0):
+        shares.append(relax)
+        with torch.no_grad():
+            model.head.bias.fill_(len(shares))
+
+    update = Average.update
+
+    def watched(self, model):
+        steps.append(float(model.head.bias[0].detach()))
+        update(self, model)
+
+    monkeypatch.setattr(L2SP, "after_step", after_step)
+    monkeypatch.setattr(Average, "update", watched)
+    fit(tiny(tmp_path, init=source, guide="l2_sp", guide_schedule="linear", epochs=2, accumulate=2, ema=0.5))
+    assert shares == [1 - step / 8 for step in range(8)]  # 50 images in steps of 2 x 8: 4 an epoch
+    assert steps == list(range(1, 9))
+
+
 def test_gradient_ratio_is_that_of_two_backwards():
     model = torch.nn.Linear(3, 2).double()
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -269,6 +291,8 @@ def test_a_guide_needs_a_source(tmp_path: Path):
         ({"tune_args": {"rank": 4}}, "setting of tune=all"),
         ({"tune": "lora", "tune_args": {"rnk": 4}}, "did you mean 'rank'"),
         ({"tune": "head", "head_start": "probe"}, "done that already"),
+        ({"tune": "head", "guide": "gta"}, "classifier alone, which guide=gta does not move"),
+        ({"tune": "lora", "guide": "l2_sp"}, "nothing to hold"),
         ({"held_out": 0.9}, "held_out"),
         ({"train_list": "a", "per_class": 3}, "give one"),
     ],
@@ -276,6 +300,25 @@ def test_a_guide_needs_a_source(tmp_path: Path):
 def test_settings_that_cannot_be_meant(changes, message, source, tmp_path: Path):
     with pytest.raises(SettingsError, match=message):
         tiny(tmp_path, **{"init": source, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guide": "attn_distill"}, "compares the last block"),
+        ({"guide": "gta", "guide_args": {"layers": "all"}}, "is to compare blocks.1"),
+        ({"guide": "delta", "guide_args": {"layers": -1}}, "is to compare blocks.1"),
+        ({"guide": "attention_transfer", "guide_args": {"skip_last": 1}}, "not by skip_last"),
+    ],
+)
+def test_blocks_behind_mixed_tokens_are_not_compared(changes, message, source, tmp_path: Path):
+    tokens = {"token_mix": "manifold", "token_mix_args": {"deepest": 1}}  # block 1 of 2 has tokens of two images
+    with pytest.raises(SettingsError, match=message):
+        task_of(tiny(tmp_path, init=source, **tokens, **changes))
+    task, _ = task_of(tiny(tmp_path, init=source, guide="gta", guide_args={"layers": [0]}, **tokens))
+    assert task.guide.layers == [0]
+    task, _ = task_of(tiny(tmp_path, init=source, guide="gta", **tokens))
+    assert list(task.guide.layers) == [0]
 
 
 def test_an_option_that_does_not_fit_is_told_by_its_guide(source, tmp_path: Path):

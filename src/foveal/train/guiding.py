@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal import attention
 from foveal.data import Data
 from foveal.data.batches import Batches
 from foveal.mix import TokenMixer
@@ -16,14 +17,14 @@ from foveal.train.settings import Settings
 from foveal.train.sources import guide_source
 from foveal.transfer import GUIDES, Guide, co_tuning_of
 
-OURS = (
-    "self",
-    "source",
-    "weight",
-    "table",
-    "head",
-    "channels",
-)  # arguments that are no plain values, or said elsewhere
+OURS = ("source", "weight", "channels")  # arguments that are no plain values, or said elsewhere
+
+COMPARES_BLOCKS = (
+    "gta",
+    "attention_transfer",
+    "attn_distill",
+    "delta",
+)  # with those of a source, which mixes no tokens
 
 
 def options_of(name: str) -> list[str]:
@@ -62,6 +63,14 @@ def check_guide(settings: Settings) -> None:
     kind = GUIDES[settings.guide]
     if kind is None:
         return
+    if settings.tune == "head":
+        raise SettingsError(
+            f"tune=head trains the classifier alone, which guide={settings.guide} does not move: leave one of them out"
+        )
+    if settings.tune == "lora" and settings.guide == "l2_sp":
+        raise SettingsError(
+            "tune=lora leaves the weights as they are, so guide=l2_sp has nothing to hold: leave one of them out"
+        )
     if settings.init == "none" and settings.guide_source == "init" and has_source(settings.guide):
         raise SettingsError(
             f"guide={settings.guide} keeps to the initial weights, but init=none is random:"
@@ -88,15 +97,9 @@ def guide_of(
     try:
         if settings.guide == "co_tuning":
             return _co_tuning(settings, built, data, weight, options, device or torch.device("cpu"))
-        if "layers" in inspect.signature(kind).parameters and isinstance(mixer, TokenMixer):
-            first = mixer.first_mixed_block(built.model)
-            if first == 0:
-                raise SettingsError(
-                    f"token_mix={settings.token_mix} mixes before the first block, so guide={settings.guide} has"
-                    " nothing to compare: mix at a later block (token_mix_args), or leave one of them out"
-                )
-            if first is not None:
-                options.setdefault("layers", range(first))
+        first = mixer.first_mixed_block(built.model) if isinstance(mixer, TokenMixer) else None
+        if first is not None and settings.guide in COMPARES_BLOCKS:
+            options["layers"] = _before(first, options, settings, built.model)
         if settings.guide == "gta":
             options.setdefault("average_pooled", "global_pool" in built.arguments)  # then it was said
         if has_source(settings.guide):
@@ -106,6 +109,26 @@ def guide_of(
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(f"guide={settings.guide}: {error}") from error
+
+
+def _before(first: int, options: dict[str, Any], settings: Settings, model: nn.Module) -> Any:
+    """The blocks to compare where tokens of several images are mixed from block `first` on."""
+    mixing = f"token_mix={settings.token_mix} mixes tokens from block {first} on"
+    remedy = "mix at a later block (token_mix_args), or leave one of them out"
+    if settings.guide == "attn_distill":
+        raise SettingsError(f"{mixing}, and guide=attn_distill compares the last block: leave one of them out")
+    if first == 0:
+        raise SettingsError(f"{mixing}, so guide={settings.guide} has nothing to compare: {remedy}")
+    if options.get("skip_last"):
+        raise SettingsError(f"{mixing}: say which blocks to compare as layers, not by skip_last")
+    asked = options.get("layers")
+    if asked is None:
+        return range(first)
+    before = attention.read(model, range(first), "block_out").layers
+    after = [name for name in attention.read(model, asked, "block_out").layers if name not in before]
+    if after:
+        raise SettingsError(f"{mixing}, but guide={settings.guide} is to compare {', '.join(after)}: {remedy}")
+    return asked
 
 
 def _source(settings: Settings, built: Built) -> nn.Module | None:

@@ -97,10 +97,15 @@ class Task(lightning.LightningModule):  # type: ignore[misc]  # Lightning is not
         return shape(step, s.epochs * self.steps, round(warmup_epochs * self.steps))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the averaged weights."""
+        """Step, correct it, then move the averaged weights."""
         super().optimizer_step(*args, **kwargs)
+        self.after_step(self.global_step)  # counted when this method has ended
         if self.average is not None:
             self.average.update(self.model)
+
+    def after_step(self, step: int) -> None:
+        """What a task does to the weights itself after optimiser step `step` of the whole run."""
+        return None
 
     def note(self, step: int, values: list[Tensor], weight: float) -> None:
         """Take down what a micro-batch of a step measured, by `columns`."""

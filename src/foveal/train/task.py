@@ -131,12 +131,10 @@ class Classify(Task):
         super().on_train_epoch_start()
         self._ratio = None
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step; then what the guide does to the weights itself."""
-        super().optimizer_step(*args, **kwargs)
+    def after_step(self, step: int) -> None:
+        """What the guide does to the weights itself, with the share of its weight in the step's loss."""
         if self.guide is not None:
-            relax = self.relax(max(self.global_step - 1, 0))
-            self.guide.after_step(self.model, self.optimizers(use_pl_optimizer=False), relax)
+            self.guide.after_step(self.model, self.optimizers(use_pl_optimizer=False), self.relax(step))
 
     def forward_loss(
         self, batch: Batch, rng: torch.Generator, relax: float = 1.0
