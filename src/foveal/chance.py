@@ -4,8 +4,9 @@
 
 The same key gives the same stream in any process, on any machine, for any number of ranks and workers, so
 there is no random state to save or to pass along. Purposes in use: "order" (epoch), "augment" (epoch, sample
-index), "mix" and "step" (epoch, micro-batch), "split", "subset", "scenes", "init", "bootstrap", "occlusion",
-"mask" (epoch, micro-batch), "mask_val" (sample index).
+index), "mix" and "step" (epoch, micro-batch), "split", "subset", "scenes", "init" (2: LoRA's), "bootstrap",
+"occlusion", "mask" (epoch, micro-batch), "mask_val" (sample index), "source" (a guide's, where it is random),
+"co_tuning" (what its table is fitted on).
 """
 
 import operator
