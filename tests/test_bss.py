@@ -94,8 +94,9 @@ def test_bad_inputs_are_refused():
         bss(torch.ones(0, 3))
     with pytest.raises(ValueError, match="k=0"):
         bss(torch.ones(2, 3), k=0)
-    with pytest.raises(ValueError, match="k=0"):
-        BSS(k=0)
+    for k in (0, 1.5):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            BSS(k=k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight=-1"):
         BSS(weight=-1)
 

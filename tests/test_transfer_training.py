@@ -13,7 +13,7 @@ import foveal
 from foveal.chance import generator
 from foveal.data import DataError
 from foveal.data.batches import Batches
-from foveal.train import Run, RunError, Settings, SettingsError, fit
+from foveal.train import Interrupted, Run, RunError, Settings, SettingsError, fit
 from foveal.train.drift import Drift, SourceQuality, readable, total_variation
 from foveal.train.fitting import load_data, mixer_of
 from foveal.train.guiding import default_weight, guide_of, options_of, weight_of
@@ -234,6 +234,28 @@ def test_random_weights_have_no_source_to_drift_from(tmp_path: Path):
     assert (run.results["drift"], run.results["source"]) == (None, None)
 
 
+def test_the_source_of_a_random_model_is_looked_at_too(source, tmp_path: Path):
+    run = fit(tiny(tmp_path, init="none", guide="gta", guide_source=source, epochs=1))
+    assert 0 < run.results["drift"] < 1
+    assert run.results["source"]["n"] == 20
+
+
+@pytest.mark.parametrize(
+    ("other", "changes"),
+    [
+        ({"depth": 3}, {"guide": "gta", "guide_args": {"layers": [0, 1]}}),
+        ({"num_heads": 4}, {"guide": "gta", "guide_args": {"what": "block_out"}}),
+        ({"num_heads": 4}, {"guide": "delta"}),
+    ],
+)
+def test_a_source_of_another_shape_gives_no_drift(other, changes, source, tmp_path: Path):
+    teacher = fit(tiny(tmp_path, model_args=TINY | other, epochs=1, name="teacher"))
+    run = fit(tiny(tmp_path, init=source, guide_source=str(teacher.folder), epochs=1, **changes))
+    assert run.metrics[0]["drift"] is None
+    assert run.results["drift"] is None
+    assert run.results["source"]["pointing"] > 0
+
+
 def test_models_that_cannot_be_read_are_trained_without(tmp_path: Path):
     assert readable(timm.create_model("resnet10t", num_classes=2)) is None
     without = timm.models.VisionTransformer(
@@ -444,6 +466,19 @@ def test_a_sweep_never_sees_the_tests_and_goes_on(source, tmp_path: Path):
     told.clear()
     assert sweep(settings, (0.0, 5.0), seeds=2, progress=lambda name, row: told.append(name)) == found
     assert told == []
+
+
+def test_a_sweep_that_is_stopped_says_how_to_go_on_and_keeps_its_settings(source, tmp_path: Path):
+    settings = tiny(tmp_path, init=source, guide="gta", epochs=2)
+
+    def stop(name, row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="run the same sweep again"):
+        sweep(settings, (0.0, 5.0), progress=stop)
+    assert sweep(settings, (0.0, 5.0)).held_out == 10
+    with pytest.raises(RunError, match="other settings: lr was"):
+        sweep(settings.replace(lr=0.1), (0.0, 5.0))
 
 
 def test_usual_weights_and_sweeps_that_make_no_sense(source, tmp_path: Path):

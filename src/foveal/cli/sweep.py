@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 from foveal.cli.flags import add_settings
-from foveal.cli.train import settings_of
+from foveal.cli.train import is_first, settings_of
 from foveal.train.errors import SettingsError
 from foveal.train.settings import Settings
 
@@ -41,6 +41,8 @@ def run(values: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", DataWarning)
     held_out = settings.held_out or HELD_OUT
     found = sweep(settings, weights, values.seeds, held_out, progress=_Told())
+    if not is_first():
+        return 0
     print(f"{found.held_out:,} of {found.held_out + found.trained_on:,} training images held out")
     for weight in found.weights:
         chosen = "  <- chosen" if weight == found.best else ""

@@ -3,9 +3,10 @@
     drift = mean_{b,l,h} 1/2 sum_j |p_T - p_S|          in [0, 1]: 0 looks where the source looks, 1 nowhere near
 
 p is the class token's attention on the patches, renormalised over them, of every block and head; without a class token
-that of the mean patch query. The source is the guide's, else the initial weights. It is read off the validation's own
-forward, on the first `LIMIT` images. Before training the same pass tells how much of the source's attention falls on
-the objects, where the validation images have masks.
+that of the mean patch query. The source is that of a guide which compares block by block (gta, attention_transfer,
+delta), else the initial weights; one of another depth or with other heads is not compared. It is read off the
+validation's own forward, on the first `LIMIT` images. Before training the same pass tells how much of the source's
+attention falls on the objects, where the validation images have masks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from foveal.attention import Look, attach, glance, read, supported
 from foveal.data.batches import Batches
 from foveal.evaluate import energy_share
 from foveal.evaluate.pointing import coverage
+from foveal.maps.asking import asking
 
 LIMIT = 256  # validation images per process: enough for a third digit, few enough for a large model
 
@@ -122,7 +124,7 @@ class Drift:
             for own, theirs in zip(distributions(look, self.what), self.rows[number], strict=True)
         ]
         images = len(self.rows[number][0])
-        self.sums.append(torch.stack([torch.stack(gaps).mean(), gaps[0].new_tensor(images)]))
+        self.sums.append(torch.stack([torch.stack(gaps).mean(), gaps[0].new_full((), images)]))
 
     def total(self, like: Tensor) -> Tensor:
         """(2,) sum over the images of this process, and their number."""
@@ -141,6 +143,19 @@ def readable(model: nn.Module) -> str | None:
             continue
         return what
     return None
+
+
+def comparable(source: nn.Module, model: nn.Module, size: tuple[int, int]) -> bool:
+    """Whether two models show rows of as many blocks, heads and patches for images (h, w). Leaves no trace."""
+    what = readable(source)
+    if what is None or what != readable(model):
+        return False
+    shapes = []
+    for one in (source, model):
+        images = next(one.parameters()).new_zeros(1, 3, *size)
+        with asking(one):
+            shapes.append([row.shape for row in distributions(glance(one, images, "all", what), what)])
+    return shapes[0] == shapes[1]
 
 
 def distributions(look: Look, what: str) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from foveal.attention import attach, supported
 from foveal.data import Data, DataWarning, listed, load, subset
@@ -22,7 +23,7 @@ from foveal.data.order import step_sizes
 from foveal.data.splits import hold_out
 from foveal.mix import MIXERS, TOKEN_MIXERS, token_mixer
 from foveal.train import memory, outcome
-from foveal.train.drift import Drift, SourceQuality, readable
+from foveal.train.drift import Drift, SourceQuality, comparable, readable
 from foveal.train.errors import SettingsError
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
@@ -39,7 +40,7 @@ from foveal.train.run import Run
 from foveal.train.settings import Settings
 from foveal.train.task import Classify
 from foveal.train.tuning import choose_trained, merged, start_head
-from foveal.transfer import GTA, Guide
+from foveal.transfer import DELTA, GTA, AttentionTransfer, Guide
 
 
 def fit(
@@ -143,7 +144,7 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         mixer=mixer,
         guide=guide,
         average=average,
-        watches=settings.init != "none" and readable(built.model) is not None,
+        watches=(settings.init != "none" or _source_of(guide) is not None) and readable(built.model) is not None,
     )
     record = Record(folder, task, len(data.train), tell=progress if callable(progress) else None)
     show = Show(record) if progress is True else None
@@ -184,13 +185,20 @@ def _how(settings: Settings) -> str:
     return " + ".join(part for part in parts if part != "none") or "plain"
 
 
+def _source_of(guide: Guide | None) -> nn.Module | None:
+    """The model that a guide compares with block by block; None for other guides, and with LoRA."""
+    return guide.frozen.model if isinstance(guide, GTA | AttentionTransfer | DELTA) else None
+
+
 def _watch(task: Classify, guide: Guide | None, batches: Batches, device: torch.device) -> SourceQuality | None:
     """Look at the validation images with the source, before the first step: what the drift is measured from."""
     if "drift" not in task.extras:
         return None
-    source = guide.source if isinstance(guide, GTA) and guide.source is not None else task.model
+    own = _source_of(guide)
+    source = task.model if own is None else own
     drift = Drift.of(source.to(device), batches)
-    task.watch(drift)
+    if own is None or comparable(source, task.model.to(device), batches.config.size):
+        task.watch(drift)
     return None if drift is None else drift.quality
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from foveal.train.errors import SettingsError
+from foveal.train.errors import Interrupted, SettingsError
 from foveal.train.files import write_text
 from foveal.train.fitting import fit
 from foveal.train.guiding import default_weight
@@ -23,6 +23,7 @@ from foveal.train.settings import Settings
 GTA_WEIGHTS = (0.0, 0.1, 1.0, 10.0, 100.0)  # Seo et al.'s grid, and none
 FACTORS = (0.0, 0.1, 1.0, 10.0)  # of another method's own weight
 HELD_OUT = 0.2
+AGAIN = "stopped; run the same sweep again to go on where it was"
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def sweep(
         scores = []
         for seed in range(settings.seed, settings.seed + seeds):
             name = f"weight-{weight:g}-seed{seed}"
-            run = fit(
-                settings.replace(guide_weight=weight, held_out=held_out, seed=seed, out=str(folder), name=name),
-                resume=True,
-                progress=False if progress is None else partial(progress, name),
-                tested=False,
-            )
+            one = settings.replace(guide_weight=weight, held_out=held_out, seed=seed, out=str(folder), name=name)
+            told = False if progress is None else partial(progress, name)
+            try:
+                run = fit(one, resume=True, progress=told, tested=False)
+            except Interrupted:
+                raise Interrupted(AGAIN) from None
             scores.append(run.results["val"])
-            sizes = run.results["images"], run.results["sets"]["val"]["n"]
+            sizes = run.results["images"], run.split["sets"]["val"]["n"]
         accuracy.append(tuple(float(score["accuracy"]) for score in scores))
         loss.append(tuple(float(score["loss"]) for score in scores))
     found = Sweep(settings.guide, tried, tuple(accuracy), tuple(loss), chosen(tried, accuracy, loss), *sizes)

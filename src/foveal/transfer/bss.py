@@ -51,9 +51,9 @@ class BSS(Guide):
 
     def __init__(self, weight: float = 0.001, k: int = 1) -> None:
         super().__init__(weight)
-        if k < 1:
+        if k != int(k) or k < 1:
             raise ValueError(f"k={k}: give the number of singular values to shrink, 1 or more")
-        self.k = k
+        self.k = int(k)
 
     def on(self, model: nn.Module, images: Tensor, labels: Tensor | None = None, relax: float = 1.0) -> Guided:
         """Listen to what enters the classifier of `model` inside the block; then ask `losses()`."""

@@ -129,8 +129,8 @@ class _Guided(Guided):
                 f"the source's classifier reads {width} features, but {features.shape[1]} enter that of "
                 f"{type(self._model).__name__}: source and model need the same width and pooling"
             )
-        if guide.table.device != features.device:
-            guide.table = guide.table.to(features.device)
+        if guide.table.device != features.device:  # float64, as it is computed, is not on every device
+            guide.table = guide.table.to(features.device, torch.promote_types(torch.float32, features.dtype))
         like = next((p for p in guide.head.parameters()), features)
         if like.device != features.device:
             guide.head.to(features.device)  # where no task has moved it

@@ -59,7 +59,7 @@ def gta_loss(
         t, s = t.to(wide), s.to(wide)
         if match == "kl":
             square = _divergence(t, s, padding)
-            counts.append(square.new_tensor(square.numel()))
+            counts.append(square.new_full((), square.numel()))
         else:
             difference = (t - s).masked_fill(padding, 0.0)
             there = (~padding).sum(-1, keepdim=True)
