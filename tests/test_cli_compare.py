@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from foveal.cli import main
+from foveal.cli.compare import _say
 from foveal.cli.compared import Watch
 from foveal.train import Comparison, comparing, crew
+from foveal.train.arms import arms_of
 from foveal.train.costs import Cost, Costs
 
 SCENES = "scenes:train=40,val=20,test=20,classes=0-3"
@@ -224,3 +226,13 @@ def test_a_warning_of_many_runs_is_shown_once():
         *("a: MapWarning: some maps prefer no place", "a done", "b done", "b failed: lost [here]"),
     ]  # fmt: skip
     assert (watch.trained, sum(watch.reached.values())) == (2, 4)
+
+
+def test_that_all_classifiers_read_the_class_token_is_told(tmp_path: Path):
+    text = io.StringIO()
+    common = {"data": "digits", "init": "none", "model": "eva02_tiny_patch14_224", "model_args": {"depth": 1}}
+    _say(Console(file=text), arms_of(common, ["none"], ["none", "gta:source=none"], [None]), 1, tmp_path)
+    assert "in every arm the classifier reads the class token (global_pool=token" in text.getvalue()
+    text.truncate(0)
+    _say(Console(file=text), arms_of(common, ["none"], ["none", "bss"], [None]), 1, tmp_path)
+    assert "classifier" not in text.getvalue()
