@@ -232,7 +232,7 @@ def test_that_all_classifiers_read_the_class_token_is_told(tmp_path: Path):
     text = io.StringIO()
     common = {"data": "digits", "init": "none", "model": "eva02_tiny_patch14_224", "model_args": {"depth": 1}}
     _say(Console(file=text), arms_of(common, ["none"], ["none", "gta:source=none"], [None]), 1, tmp_path)
-    assert "in every arm the classifier reads the class token (global_pool=token" in text.getvalue()
+    assert "in every arm the classifier reads the class token (global_pool=token" in " ".join(text.getvalue().split())
     text.truncate(0)
     _say(Console(file=text), arms_of(common, ["none"], ["none", "bss"], [None]), 1, tmp_path)
-    assert "classifier" not in text.getvalue()
+    assert "in every arm" not in text.getvalue()
