@@ -487,7 +487,7 @@ def test_usual_weights_and_sweeps_that_make_no_sense(source, tmp_path: Path):
     with pytest.raises(SettingsError, match="give one, such as guide=gta"):
         sweep(tiny(tmp_path, init=source))
     guided = tiny(tmp_path, init=source, guide="gta")
-    for weights in ((1.0,), (1.0, 1.0), (-1.0, 1.0)):
+    for weights in ((1.0,), (1.0, 1.0), (-1.0, 1.0), (0.0, float("nan")), (0.0, float("inf"))):
         with pytest.raises(SettingsError, match="two or more different numbers"):
             sweep(guided, weights)
 

@@ -8,6 +8,7 @@ help here.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -71,7 +72,7 @@ def sweep(
     tried = tuple(float(w) for w in (usual_weights(settings.guide) if weights is None else weights))
     if settings.guide == "none":
         raise SettingsError("a sweep tries weights of a guide: give one, such as guide=gta")
-    if len(set(tried)) != len(tried) or len(tried) < 2 or min(tried, default=0) < 0:
+    if len(set(tried)) != len(tried) or len(tried) < 2 or not all(0 <= w < math.inf for w in tried):
         raise SettingsError(f"weights={list(tried)} must be two or more different numbers, 0 or above")
     if seeds < 1:
         raise SettingsError(f"seeds={seeds} must be 1 or more")
