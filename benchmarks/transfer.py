@@ -92,6 +92,10 @@ class Naive(Guide):
     def on(self, model: nn.Module, images: Tensor, labels: Tensor | None = None, relax: float = 1.0) -> Guided:
         return NaiveStep(self, images, self.weight * relax)
 
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, relax: float = 1.0) -> None:
+        self.of_source.clear()
+        self.of_target.clear()
+
 
 class NaiveStep(Guided):
     def __init__(self, guide: Naive, images: Tensor, strength: float) -> None:
@@ -99,8 +103,6 @@ class NaiveStep(Guided):
         self.guide, self.images = guide, images
 
     def open(self) -> None:
-        self.guide.of_source.clear()
-        self.guide.of_target.clear()
         with torch.no_grad():
             self.guide.source(self.images)
 
@@ -360,6 +362,8 @@ def main() -> None:
         taken = times[arm]
         print(f"{arm:32s} {statistics.median(taken) * 1e3:8.1f} ms   {spread(taken, base):>23s}", end="")
         print(f"   {TIME.get(arm, '')}".rstrip())
+    if not alone:
+        return
     print(f"\n{'alone':32s} {'median':>11s}   {'of the plain step':>23s}")
     for part in alone:
         shares = statistics.quantiles([t / b for t, b in zip(times[part], base, strict=True)], n=4)
