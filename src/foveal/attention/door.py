@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from foveal.attention.anatomy import ROWS, Anatomy, dissect, grid_of
 from foveal.attention.call import Call, MhaInput
-from foveal.attention.capture import Catch
+from foveal.attention.capture import Catch, Caught
 from foveal.attention.errors import ReadError, UnsupportedModelError
 
 _HOLDERS = threading.Lock()  # installing and removing: two threads may read one model
@@ -195,6 +195,11 @@ class Door:
                     call.value(layer, index, what)
             if not any(what in ("queries", "keys") and layer.before_rotation is None for what in needs):
                 call.forget(index)
+        elif isinstance(raw, Caught) and _saves_as_it_is():
+            # single rows now: the backward then meets each at its block, not all of them at its start
+            for what in needs:
+                if what in ("class_logits", "mean_query"):
+                    call.value(layer, index, what)
 
     def keep(self, index: int, what: str, value: Any) -> None:
         state = self.reading()
@@ -260,6 +265,15 @@ class Door:
             for index, what in wanted.items():
                 needs[index] = tuple(dict.fromkeys((*needs.get(index, ()), *what)))
         state.needs = needs
+
+
+def _saves_as_it_is() -> bool:
+    """Whether a forward saves what its backward needs, rather than to be run again for it, as checkpointing does.
+
+    False where torch cannot tell, or is compiling.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is not None and not torch.compiler.is_compiling() and hooks(False) is None
 
 
 def _is_caught(what: str, rotated: bool) -> bool:

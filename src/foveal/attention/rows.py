@@ -46,9 +46,26 @@ def query_row(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) ->
 
     q: (B, H, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, T).  Returns (B, H, T).
     """
-    q, k = widen(q), widen(k)
-    row = torch.matmul(k, (q * scale).unsqueeze(-1)).squeeze(-1)
+    row: Tensor = _QueryRow.apply(q, k, scale)  # type: ignore[no-untyped-call]
     return row if mask is None else row + mask.to(row.dtype)
+
+
+class _QueryRow(torch.autograd.Function):
+    """scale k q, keeping q and k as they are for the backward: a product would keep its own contiguous copy of k."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k)
+        ctx.scale = scale
+        return torch.matmul(widen(k), (widen(q) * scale).unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        q, k = ctx.saved_tensors
+        g = g * ctx.scale
+        dq = torch.matmul(g.unsqueeze(-2), widen(k)).squeeze(-2).to(q.dtype) if ctx.needs_input_grad[0] else None
+        dk = (g.unsqueeze(-1) * widen(q).unsqueeze(-2)).to(k.dtype) if ctx.needs_input_grad[1] else None
+        return dq, dk, None
 
 
 def mean_query_row(

@@ -71,7 +71,7 @@ def load_data(settings: Settings) -> Data:
     data = load(settings.data, seed=seed, image_size=settings.image_size)
     notes = list(data.notes)
     train = data.train
-    if not settings.label_fraction == settings.per_class == settings.train_list:  # None: all
+    if any(part is not None for part in (settings.label_fraction, settings.per_class, settings.train_list)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DataWarning)
             if settings.train_list is not None:
