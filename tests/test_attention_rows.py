@@ -107,3 +107,49 @@ def test_half_precision_is_summed_in_float32(dtype):
 def test_boolean_masks_become_additive():
     mask = torch.tensor([True, False])
     assert rows.additive(mask, torch.zeros(1)).tolist() == [0.0, float("-inf")]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_row_has_the_derivatives_of_its_definition(fused):
+    """Keys as a fused projection leaves them, token by token, and keys on their own: first and second derivatives."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 3, 4, dtype=torch.float64, generator=rng, requires_grad=True)
+
+    def row(x, by):
+        q, k, _ = x.permute(2, 0, 3, 1, 4).unbind(0)
+        return by(q[:, :, 1], k if fused else k.contiguous())
+
+    def ours(q, k):
+        return rows.query_row(q, k, 0.5)
+
+    def plain(q, k):
+        return 0.5 * (q.unsqueeze(2) * k).sum(-1)
+
+    weight = torch.randn(2, 3, 5, dtype=torch.float64, generator=rng)
+    assert torch.allclose(row(x, ours), row(x, plain), rtol=1e-13)
+    mine, theirs = (
+        torch.autograd.grad((row(x, by) * weight).square().sum(), x, create_graph=True)[0] for by in (ours, plain)
+    )
+    assert torch.allclose(mine, theirs, rtol=1e-12)
+    second = [torch.autograd.grad(first.square().sum(), x)[0] for first in (mine, theirs)]
+    assert torch.allclose(*second, rtol=1e-11)
+
+
+def test_half_precision_rows_give_half_precision_gradients():
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, generator=rng).bfloat16().requires_grad_()
+    k = torch.randn(2, 5, 3, 4, generator=rng).bfloat16().transpose(1, 2).requires_grad_()
+    row = rows.query_row(q, k, 0.5)
+    assert row.dtype == torch.float32
+    row.sum().backward()
+    assert q.grad.dtype == k.grad.dtype == torch.bfloat16
+    assert torch.allclose(q.grad.float(), 0.5 * k.float().sum(2), rtol=1e-2)
+
+
+def test_a_row_keeps_no_copy_of_the_keys():
+    x = torch.randn(2, 64, 3, 4, 8, requires_grad=True)
+    q, k, _ = x.permute(2, 0, 3, 1, 4).unbind(0)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rows.query_row(q[:, :, 0], k, 1.0)
+    assert {t.untyped_storage().data_ptr() for t in kept} == {x.untyped_storage().data_ptr()}

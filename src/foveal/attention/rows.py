@@ -46,26 +46,55 @@ def query_row(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) ->
 
     q: (B, H, d).  k: (B, H, T, d).  mask: additive, broadcastable to (B, H, T).  Returns (B, H, T).
     """
-    row: Tensor = _QueryRow.apply(q, k, scale)  # type: ignore[no-untyped-call]
+    row: Tensor = _QueryRow.apply(q, k, scale)
     return row if mask is None else row + mask.to(row.dtype)
 
 
 class _QueryRow(torch.autograd.Function):
-    """scale k q, keeping q and k as they are for the backward: a product would keep its own contiguous copy of k."""
+    """scale k q, keeping q and k as they are for the backward: a product would keep its own copy of k.
+
+    Keys that lie token by token, as fused projections leave them, are multiplied without a copy, all heads at once:
+    (N, H d) times each head's query in a column of its own (H d, H).
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(q, k)
         ctx.scale = scale
-        return torch.matmul(widen(k), (widen(q) * scale).unsqueeze(-1)).squeeze(-1)
+        q, k = widen(q) * scale, widen(k)
+        if (tokens := _by_tokens(k)) is None:
+            return torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
+        return torch.matmul(tokens, _columns(q)).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         q, k = ctx.saved_tensors
-        g = g * ctx.scale
-        dq = torch.matmul(g.unsqueeze(-2), widen(k)).squeeze(-2).to(q.dtype) if ctx.needs_input_grad[0] else None
-        dk = (g.unsqueeze(-1) * widen(q).unsqueeze(-2)).to(k.dtype) if ctx.needs_input_grad[1] else None
-        return dq, dk, None
+        wide, g = widen(k), g * ctx.scale
+        needs_q, needs_k, _ = ctx.needs_input_grad
+        dq = dk = None
+        if (tokens := _by_tokens(wide)) is None:
+            dq = torch.matmul(g.unsqueeze(-2), wide).squeeze(-2) if needs_q else None
+            dk = g.unsqueeze(-1) * widen(q).unsqueeze(-2) if needs_k else None
+        else:
+            heads = (q.shape[1], q.shape[2])
+            if needs_q:  # of what each head's row gives to all heads' keys only its own
+                dq = torch.matmul(g, tokens).unflatten(-1, heads).diagonal(dim1=1, dim2=2).transpose(1, 2)
+            if needs_k:
+                columns = _columns(widen(q)).transpose(1, 2)
+                dk = torch.matmul(g.transpose(1, 2), columns).unflatten(-1, heads).transpose(1, 2)
+        return None if dq is None else dq.to(q.dtype), None if dk is None else dk.to(k.dtype), None
+
+
+def _by_tokens(k: Tensor) -> Tensor | None:
+    """Keys (B, H, T, d) as (B, T, H d) where that takes no copy."""
+    if k.stride(3) != 1 or k.stride(1) != k.shape[3] or k.stride(2) < k.shape[1] * k.shape[3]:
+        return None
+    return k.transpose(1, 2).flatten(2)
+
+
+def _columns(q: Tensor) -> Tensor:
+    """Queries (B, H, d), each in a column of its own: (B, H d, H), zero elsewhere."""
+    return torch.diag_embed(q.transpose(1, 2), dim1=1, dim2=3).flatten(1, 2)
 
 
 def mean_query_row(
