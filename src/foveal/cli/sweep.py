@@ -49,6 +49,8 @@ def run(values: argparse.Namespace) -> int:
         print(f"{found.guide} weight {weight:<8g} held-out accuracy {100 * found.mean(weight):5.1f} %{chosen}")
     if not found.best:
         print(f"no weight of {found.guide} was better than none on the held-out images")
+    if found.warning:
+        print(f"warning: {found.warning}")
     kind = settings.replace(guide_weight=found.best) if found.best else _plain(settings)
     print(f"train with: {kind.command()}")
     return 0

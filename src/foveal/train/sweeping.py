@@ -32,7 +32,7 @@ class Sweep:
     """What the weights of a guide were worth on held-out training images.
 
     weights: as tried.  accuracy, loss: of each and of each seed, on the held-out part at the best epoch.
-    best: the chosen weight.  trained_on, held_out: numbers of images.
+    best: the chosen weight.  trained_on, held_out: numbers of images.  warning: of how the source looks, if any.
     """
 
     guide: str
@@ -42,6 +42,7 @@ class Sweep:
     best: float
     trained_on: int
     held_out: int
+    warning: str = ""
 
     def mean(self, weight: float) -> float:
         """Mean accuracy of a weight over the seeds."""
@@ -77,7 +78,7 @@ def sweep(
     if seeds < 1:
         raise SettingsError(f"seeds={seeds} must be 1 or more")
     folder = Path(out) if out is not None else Path(settings.out) / f"sweep-{settings.folder.name}"
-    accuracy, loss, sizes = [], [], (0, 0)
+    accuracy, loss, sizes, warning = [], [], (0, 0), ""
     for weight in tried:
         scores = []
         for seed in range(settings.seed, settings.seed + seeds):
@@ -90,9 +91,10 @@ def sweep(
                 raise Interrupted(AGAIN) from None
             scores.append(run.results["val"])
             sizes = run.results["images"], run.split["sets"]["val"]["n"]
+            warning = str((run.results.get("source") or {}).get("warning", ""))
         accuracy.append(tuple(float(score["accuracy"]) for score in scores))
         loss.append(tuple(float(score["loss"]) for score in scores))
-    found = Sweep(settings.guide, tried, tuple(accuracy), tuple(loss), chosen(tried, accuracy, loss), *sizes)
+    found = Sweep(settings.guide, tried, tuple(accuracy), tuple(loss), chosen(tried, accuracy, loss), *sizes, warning)
     write_text(folder / "sweep.json", json.dumps(asdict(found), indent=1) + "\n")
     return found
 
