@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from foveal.train import Run, SettingsError, fit
 from foveal.train.arms import arms_of
-from foveal.train.fitting import guide_of, load_data, mixer_of
+from foveal.train.fitting import load_data, mixer_of
+from foveal.train.guiding import guide_of
 from foveal.train.models import build
 from test_train_processes import together, train
 from training import TINY, child, tiny
@@ -79,7 +80,7 @@ def test_a_guide_keeps_to_the_blocks_before(tmp_path: Path):
         settings = tiny(tmp_path, **(guided | changes))
         data = load_data(settings)
         built = build(settings, len(data.classes))
-        return guide_of(settings, built.model, mixer_of(settings, built, data))
+        return guide_of(settings, built, data, mixer_of(settings, built, data))
 
     assert list(guide(token_mix_args=EASY).layers) == [0]
     assert guide(token_mix="none").layers == "all"

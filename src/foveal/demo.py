@@ -30,4 +30,4 @@ def arms() -> dict[str, Settings]:
         device="cpu",
         workers=0,
     )
-    return {"plain": plain, "guided": plain.replace(guide="gta", guide_weight=1.0)}
+    return {"plain": plain, "guided": plain.replace(guide="gta")}
