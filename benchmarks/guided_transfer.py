@@ -41,12 +41,9 @@ from foveal import stats
 from foveal.train import Run, Settings, fit
 from foveal.train.files import write_text
 from foveal.train.folder import is_finished
-from foveal.train.guiding import default_weight
-from foveal.train.sweeping import sweep
+from foveal.train.sweeping import sweep, usual_weights
 
 FAST = 10.0  # times the learning rate where little is trained
-WEIGHTS = (0.1, 1.0, 10.0, 100.0)  # Seo et al.'s grid
-FACTORS = (0.1, 1.0, 10.0)  # of another method's own weight
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "head": {"tune": "head"},
@@ -61,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bss": {"guide": "bss"},
     "attention-transfer": {"guide": "attention_transfer"},
     "gta": {"guide": "gta"},
-    **{f"gta-{weight:g}": {"guide": "gta", "guide_weight": weight} for weight in WEIGHTS},
+    **{f"gta-{weight:g}": {"guide": "gta", "guide_weight": weight} for weight in usual_weights("gta") if weight},
     "gta-centred": {"guide": "gta", "guide_args": {"match": "centred"}},
     "gta-kl": {"guide": "gta", "guide_args": {"match": "kl"}},
     "gta-cosine": {"guide": "gta", "guide_schedule": "cosine"},
@@ -158,8 +155,7 @@ class Study:
             if not train:
                 return None
             settings = self.settings(method, share, seed)
-            own = WEIGHTS if settings.guide == "gta" else tuple(f * default_weight(settings.guide) for f in FACTORS)
-            sweep(settings, own, out=path.parent)
+            sweep(settings, [w for w in usual_weights(settings.guide) if w], out=path.parent)
         return float(json.loads(path.read_text())["best"])
 
 

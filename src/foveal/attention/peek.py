@@ -183,8 +183,8 @@ def _aside(layers: Sequence[Layer]) -> Iterator[None]:
 def uncached_casts(module: nn.Module) -> Iterator[None]:
     """Autocast as it is outside, but without its cache.
 
-    A weight that is cast here has no gradient; the block's own run inside the same autocast block would find that cast
-    in the cache and train nothing.
+    A weight that is cast here has no gradient; in older torch (2.6) a training run inside the same autocast block would
+    find that cast in the cache and train nothing.
     """
     kind = next((p.device.type for p in module.parameters()), "cpu")
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):

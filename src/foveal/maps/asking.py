@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.attention import unseen
+from foveal.attention.peek import uncached_casts
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
         stack.enter_context(unseen(model))
-        stack.enter_context(_own_casts(model))
+        stack.enter_context(uncached_casts(model))
         stack.enter_context(torch.set_grad_enabled(gradient))
         try:
             for module in training:
@@ -31,21 +32,6 @@ def asking(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-
-
-@contextmanager
-def _own_casts(model: nn.Module) -> Iterator[None]:
-    """Autocast as it is outside, but without its cache.
-
-    A weight cast here has no gradient; in older torch (2.6) the training forward inside the same autocast block would
-    find that cast in the cache and train nothing.
-    """
-    kind = next((p.device.type for p in model.parameters()), "cpu")
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        yield
-        return
-    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
-        yield
 
 
 def as_wanted(model: nn.Module, images: Tensor) -> Tensor:

@@ -87,23 +87,18 @@ class Drift:
         shares: list[Tensor] = []
         evens: list[Tensor] = []
         seen = 0
-        training = source.training
-        source.eval()
-        try:
-            with attach(source):
-                for batch in batches:
-                    look = glance(source, batch.images, "all", what)
-                    rows.append(distributions(look, what))
-                    if batch.masks is not None and not isinstance(look.grid[-1], list):
-                        there = batch.masks.flatten(1).any(1)
-                        attn = look.to_grid(rows[-1][-1], layer=len(rows[-1]) - 1)
-                        shares.append(energy_share(attn, batch.masks)[there])
-                        evens.append(coverage(batch.masks, attn.shape[1:]).mean((1, 2))[there])
-                    seen += len(batch)
-                    if seen >= limit:
-                        break
-        finally:
-            source.train(training)
+        with asking(source), attach(source):
+            for batch in batches:
+                look = glance(source, batch.images, "all", what)
+                rows.append(distributions(look, what))
+                if batch.masks is not None and not isinstance(look.grid[-1], list):
+                    there = batch.masks.flatten(1).any(1)
+                    attn = look.to_grid(rows[-1][-1], layer=len(rows[-1]) - 1)
+                    shares.append(energy_share(attn, batch.masks)[there])
+                    evens.append(coverage(batch.masks, attn.shape[1:]).mean((1, 2))[there])
+                seen += len(batch)
+                if seen >= limit:
+                    break
         held = torch.cat(shares) if shares else torch.empty(0)
         masked = len(held) > 0
         pointing, even = (float(held.mean()), float(torch.cat(evens).mean())) if masked else (None, None)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.transfer.head import classifiers
+
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0, head_lr_factor: float = 1.0
@@ -29,7 +31,7 @@ def parameter_groups(
     )
     if head_lr_factor == 1.0:
         return groups
-    head = {id(parameter) for parameter in classifier_parameters(model)}
+    head = {id(p) for part in classifiers(model) for p in part.parameters()}
     split: list[dict[str, Any]] = []
     for group in groups:
         for fast in (False, True):
@@ -38,13 +40,6 @@ def parameter_groups(
                 factor = head_lr_factor if fast else 1.0
                 split.append(group | {"params": params, "lr_scale": group["lr_scale"] * factor})
     return split
-
-
-def classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the classifier as timm names it: one module, or two in distilled models."""
-    head = getattr(model, "get_classifier", lambda: None)()
-    heads = head if isinstance(head, tuple | list) else [head]
-    return [p for part in heads if isinstance(part, nn.Module) for p in part.parameters()]
 
 
 def shape(step: int, steps: int, warmup: int) -> float:

@@ -20,8 +20,8 @@ from foveal.models.likeness import likeness
 from foveal.models.official import is_official, renamed
 from foveal.models.published import under_timm_names
 from foveal.train.errors import RunError
-from foveal.train.optimise import classifier_parameters
 from foveal.train.weight_files import WeightFile, read_weights
+from foveal.transfer.head import classifier_names
 
 # of the file: a model without them computes something else.  of the model: with random ones it looks nowhere
 FILE_PARTS = ("blocks.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
@@ -78,7 +78,7 @@ def fill(model: nn.Module, file: WeightFile) -> Loaded:
     found, notes = _named_as_timm(model, file)
     prefix = common_prefix(found, own)
     named = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-    head = classifier_names(model)
+    head = set(classifier_names(model))
     taken: dict[str, Tensor] = {}
     resized, foreign = [], []
     for name in own.keys() & named.keys():
@@ -195,12 +195,6 @@ def common_prefix(found: dict[str, Any], own: dict[str, Any]) -> str:
                 seen[name[:start]] += 1
             start = name.find(".", start) + 1 or -1
     return max(seen, key=lambda prefix: (seen[prefix], "teacher" in prefix, -len(prefix)), default="")
-
-
-def classifier_names(model: nn.Module) -> set[str]:
-    """Names of the classifier's tensors in the state of a timm model."""
-    own = {id(parameter) for parameter in classifier_parameters(model)}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def _resampled(tensor: Tensor, wanted: Tensor, model: nn.Module) -> Tensor | None:

@@ -29,6 +29,12 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity))
 
 
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's parameters, of both where there are two; empty for a model without one."""
+    own = {id(p) for part in classifiers(model) for p in part.parameters()}
+    return tuple(name for name, p in model.named_parameters() if id(p) in own)
+
+
 def classifier(model: nn.Module, use: str) -> nn.Module:
     """The classifier, of a distilled model the class token's. Raises ValueError, naming the `use`, if there is none."""
     found = classifiers(model)

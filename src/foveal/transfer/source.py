@@ -8,8 +8,8 @@ source is the tuned model itself with its adapters switched off.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from foveal import attention
 from foveal.attention import Layers
 from foveal.attention.door import bare
+from foveal.maps.asking import as_wanted, asking
+from foveal.transfer.lora import without_adapters
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 
@@ -51,11 +53,11 @@ class Source:
         with ExitStack() as stack:
             if self.model is not None:
                 model = self.model.to(images.device)
-                dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-                images = images.to(dtype)  # the tuned model may train in another
+                images = as_wanted(model, images)
             else:
                 model = self._bare(tuned)
-                stack.enter_context(as_before(model))
+                stack.enter_context(asking(model))
+                stack.enter_context(without_adapters(model))
             stack.enter_context(self._autocast(images.device.type))
             return attention.glance(model, images, layers, what)
 
@@ -69,25 +71,9 @@ class Source:
         if self.precision is None:
             return nullcontext()
         dtype = TYPES[self.precision]
-        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+        return torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
     def _bare(self, tuned: nn.Module | None) -> nn.Module:
         if tuned is None:
             raise ValueError("a source without a copy needs the tuned model, whose adapters it switches off")
         return bare(tuned)
-
-
-@contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
-    """An adapted model as it was before tuning: adapters off, in evaluation, unseen by readers; then as it was."""
-    from foveal.transfer.lora import without_adapters
-
-    modes = [(module, module.training) for module in model.modules()]
-    with attention.unseen(model), without_adapters(model):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

@@ -21,7 +21,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import nn
 
-from foveal.transfer.head import classifiers
+from foveal.transfer import head
 
 TUNES = ("all", "head", "attention", "bias", "last-K", "lora")
 POOLS = ("attn_pool", "seq_pool")  # pooling heads that attend; models have one only where it pools
@@ -45,11 +45,11 @@ def choose(model: nn.Module, tune: str) -> Chosen:
     if tune == "all":
         return Chosen(tuple(names), ())
     rule = _rule(tune)
-    head = set(classifier_names(model))
-    body = rule(model, [name for name in names if name not in head])
+    top = set(classifier_names(model))
+    body = rule(model, [name for name in names if name not in top])
     return Chosen(
-        tuple(name for name in names if name in head or name in body),
-        tuple(name for name in names if name not in head and name not in body),
+        tuple(name for name in names if name in top or name in body),
+        tuple(name for name in names if name not in top and name not in body),
     )
 
 
@@ -69,8 +69,7 @@ def train_only(model: nn.Module, chosen: Chosen) -> None:
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the classifier's parameters; distilled models have two classifiers. Raises ValueError without one."""
-    own = {id(p) for head in classifiers(model) for p in head.parameters()}
-    names = tuple(name for name, p in model.named_parameters() if id(p) in own)
+    names = head.classifier_names(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no classifier to tune: build it with num_classes above 0")
     return names
