@@ -17,22 +17,20 @@ CheckpointError. Readers that are opened around or inside see the changed tokens
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from foveal.attention.anatomy import Layer
 from foveal.attention.attended import MHA, Attended, AttentionCall, Meet
 from foveal.attention.blocks import Blocks, compiled
 from foveal.attention.capture import SDPA
-from foveal.attention.door import _Hook, unseen, unwind
+from foveal.attention.door import unseen
 from foveal.attention.errors import ReadError, UnsupportedModelError
+from foveal.attention.intervention import AttentionPost, AttentionPre, Intervention, InterventionHook
 from foveal.attention.layout import TokenLayout
 from foveal.attention.peek import attention_call, peek, tokens_of, with_tokens
 
@@ -82,19 +80,16 @@ def edit(
     return Edit(blocks, change or {}, watch or {}, extend or {})
 
 
-class Edit:
+class Edit(Intervention):
     """Hooks on a model, as a `with` block. Made by `edit`."""
 
     def __init__(
         self, blocks: Blocks, change: Mapping[int, Change], watch: Mapping[int, Watch], extend: Mapping[int, Extend]
     ) -> None:
+        super().__init__(blocks.model)
         self._blocks, self._change, self._watch, self._extend = blocks, change, watch, extend
-        self._handles: list[RemovableHandle] = []
-        self._thread, self._pauses, self._grad = -1, 0, False
-        self._visited: set[int] = set()
         self._rest: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # arguments of blocks, without the tokens
         self._entered: dict[int, Tensor] = {}  # tokens of watched blocks that are running
-        self._modes: dict[int, Meet] = {}
         self._calls: dict[int, AttentionCall] = {}
 
     @property
@@ -102,47 +97,19 @@ class Edit:
         """Whether a forward went through the edited blocks."""
         return {*self._change, *self._watch, *self._extend} <= self._visited
 
-    def __enter__(self) -> Edit:
-        self._thread, self._grad = threading.get_ident(), torch.is_grad_enabled()
+    def install(self) -> None:
         add = self._handles.append
-        try:
-            add(self._blocks.model.register_forward_pre_hook(_RootPre(self)))
-            add(self._blocks.model.register_forward_hook(_RootPost(self), always_call=True))
-            for i in sorted({*self._change, *self._watch, *self._extend}):
-                layer = self._blocks.layers[i]
-                # first of all hooks, so that readers see the tokens as they are changed and keys as they are not
-                add(layer.block.register_forward_pre_hook(_BlockPre(self, i), with_kwargs=True, prepend=True))
-                add(layer.block.register_forward_hook(_BlockPost(self, i)))
-                if i in self._watch or i in self._extend:
-                    add(layer.attention.register_forward_pre_hook(_AttentionPre(self, i), prepend=True))
-                    add(layer.attention.register_forward_hook(_AttentionPost(self, i), always_call=True))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        for i in sorted({*self._change, *self._watch, *self._extend}):
+            layer = self._blocks.layers[i]
+            # first of all hooks, so that readers see the tokens as they are changed and keys as they are not
+            add(layer.block.register_forward_pre_hook(_BlockPre(self, i), with_kwargs=True, prepend=True))
+            add(layer.block.register_forward_hook(_BlockPost(self, i)))
+            if i in self._watch or i in self._extend:
+                add(layer.attention.register_forward_pre_hook(AttentionPre(self, i), prepend=True))
+                add(layer.attention.register_forward_hook(AttentionPost(self, i), always_call=True))
 
-    def __exit__(self, *error: object) -> None:
-        try:
-            while self._handles:
-                self._handles[-1].remove()
-                self._handles.pop()
-            for mode in self._modes.values():
-                unwind(mode)
-        except BaseException:  # Ctrl-C came in between: finish, then let it through
-            while self._handles:
-                self._handles.pop().remove()
-            raise
-        finally:
-            self._rest, self._entered, self._modes, self._calls = {}, {}, {}, {}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Forwards in here are not edited; `foveal.attention.unseen` pauses edits as it pauses readers."""
-        self._pauses += 1
-        try:
-            yield
-        finally:
-            self._pauses -= 1
+    def let_go(self) -> None:
+        self._rest, self._entered, self._calls = {}, {}, {}
 
     # -- what the hooks do
 
@@ -152,18 +119,14 @@ class Edit:
             raise UnsupportedModelError(compiled("the step"))
         if self._pauses:
             return None
-        if torch._C._current_graph_task_id() != -1:  # any thread: autograd has its own
+        if self.is_recomputed:
             return True if index in self._visited else None
-        if threading.get_ident() != self._thread or not self._blocks.model.training:
+        if not self.is_own or not self._model.training:
             return None
         return False
 
-    def root_enters(self) -> None:
-        if not self._pauses and threading.get_ident() == self._thread:
-            self._grad = torch.is_grad_enabled()
-
     def root_leaves(self, failed: bool) -> None:
-        if failed and not self._pauses and threading.get_ident() == self._thread:
+        if failed and self.is_own:
             self._visited.clear()  # a forward that raised may be tried again
 
     def block_enters(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,29 +153,20 @@ class Edit:
                 f"{layer.name} ran twice in one step, but labels can follow one forward only. Run the model once in "
                 "the block; further forwards go before or after it, in evaluation, or in foveal.attention.unseen(model)"
             )
-        if self._grad and not torch.is_grad_enabled() and any(p.requires_grad for p in layer.block.parameters()):
-            raise ReadError(
-                f"{layer.name} runs without gradient inside a forward that has gradient: reentrant activation "
-                "checkpointing would run it a second time on its own. Use use_reentrant=False, or put the whole step "
-                "into torch.no_grad() if no gradient is wanted"
-            )
+        self.refuse_reentrant(layer, layer.block)
 
     def attention_enters(self, index: int) -> None:
         replay = self._replaying(index)
         if replay is None:
             return
         if index in self._extend:
-            self._modes[index] = self._appending(index)
+            self.enter_mode(index, self._appending(index))
         elif not replay:
-            self._modes[index] = Meet(lambda call: self._note(index, call))
-        else:
-            return
-        self._modes[index].__enter__()  # type: ignore[no-untyped-call]
+            self.enter_mode(index, Meet(lambda call: self._note(index, call)))
 
     def attention_leaves(self, index: int, failed: bool) -> None:
-        if self._pauses or (mode := self._modes.pop(index, None)) is None:
+        if not self.leave_mode(index):
             return
-        unwind(mode)
         if (call := self._calls.pop(index, None)) is not None and not failed:
             layer = self._blocks.layers[index]
             with torch.no_grad():
@@ -256,41 +210,13 @@ def _named(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return given["query"], given["key"], given["value"]
 
 
-class _EditHook(_Hook):
-    """A hook of an edit; `unseen` finds it as it finds those of a door."""
-
-    def __init__(self, edit: Edit, index: int = -1) -> None:
-        super().__init__(edit, index)  # type: ignore[arg-type]  # paused() is what a door and an edit share
-        self.edit = edit
-
-
-class _RootPre(_EditHook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.edit.root_enters()
-
-
-class _RootPost(_EditHook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.edit.root_leaves(failed=output is None)
-
-
-class _BlockPre(_EditHook):
+class _BlockPre(InterventionHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self.edit.block_enters(self.index, args, kwargs)
+        return self.owner.block_enters(self.index, args, kwargs)
 
 
-class _BlockPost(_EditHook):
+class _BlockPost(InterventionHook):
     """Does nothing, but is how `unseen` finds the edit of a block."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         return None
-
-
-class _AttentionPre(_EditHook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.edit.attention_enters(self.index)
-
-
-class _AttentionPost(_EditHook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.edit.attention_leaves(self.index, failed=output is None)

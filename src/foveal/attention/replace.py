@@ -14,22 +14,20 @@ own it reads from its input.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from foveal.attention.anatomy import Layer, dissect
 from foveal.attention.attended import MHA, AttentionCall, Meet
 from foveal.attention.capture import SDPA
-from foveal.attention.door import _Hook, door_of, unwind
+from foveal.attention.door import door_of
 from foveal.attention.errors import ReadError, UnsupportedModelError
 from foveal.attention.factors import Factors
+from foveal.attention.intervention import AttentionPost, AttentionPre, Intervention
 from foveal.attention.seen import Layers
 
 COMPILED = "is compiled, and compiled code passes by the hooks that replace maps: copy attention in an uncompiled model"
@@ -59,65 +57,35 @@ def replace(model: nn.Module, layers: Layers, given: Sequence[Factors]) -> Repla
     return Replace(model, chosen, given)
 
 
-class Replace:
+class Replace(Intervention):
     """Hooks on a model, as a `with` block. Made by `replace`."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], given: Sequence[Factors]) -> None:
-        self._model, self._layers, self._given = model, layers, given
-        self._handles: list[RemovableHandle] = []
-        self._thread, self._pauses, self._grad, self._done = -1, 0, False, False
-        self._visited: set[int] = set()
-        self._modes: dict[int, Meet] = {}
+        super().__init__(model)
+        self._layers, self._given = layers, given
+        self._done = False
         self._met: set[int] = set()
 
-    def __enter__(self) -> Replace:
-        self._thread, self._grad = threading.get_ident(), torch.is_grad_enabled()
-        add = self._handles.append
-        try:
-            add(self._model.register_forward_pre_hook(_RootPre(self)))
-            add(self._model.register_forward_hook(_RootPost(self), always_call=True))
-            for i, layer in enumerate(self._layers):
-                # entered last and left first, so that readers around see what takes the call's place
-                add(layer.attention.register_forward_pre_hook(_AttentionPre(self, i)))
-                add(layer.attention.register_forward_hook(_AttentionPost(self, i), prepend=True, always_call=True))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def install(self) -> None:
+        for i, layer in enumerate(self._layers):
+            # entered last and left first, so that readers around see what takes the call's place
+            pre = layer.attention.register_forward_pre_hook(AttentionPre(self, i))
+            self._handles.append(pre)
+            post = layer.attention.register_forward_hook(AttentionPost(self, i), prepend=True, always_call=True)
+            self._handles.append(post)
+
+    def let_go(self) -> None:
+        self._given = ()
 
     def __exit__(self, *error: object) -> None:
-        try:
-            while self._handles:
-                self._handles[-1].remove()
-                self._handles.pop()
-            for mode in self._modes.values():
-                unwind(mode)
-        except BaseException:  # Ctrl-C came in between: finish, then let it through
-            while self._handles:
-                self._handles.pop().remove()
-            raise
-        finally:
-            self._modes, self._given = {}, ()
+        super().__exit__(*error)
         if error and error[0] is None and not self._visited:
             raise ReadError("no forward took the given maps: run the model inside the block, in the same thread")
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Forwards in here attend as they are; `foveal.attention.unseen` pauses this as it pauses readers."""
-        self._pauses += 1
-        try:
-            yield
-        finally:
-            self._pauses -= 1
-
     # -- what the hooks do
 
-    def root_enters(self) -> None:
-        if not self._pauses and threading.get_ident() == self._thread:
-            self._grad = torch.is_grad_enabled()
-
     def root_leaves(self, failed: bool) -> None:
-        if self._pauses or threading.get_ident() != self._thread:
+        if not self.is_own:
             return
         if not failed:
             self._done = True
@@ -129,17 +97,16 @@ class Replace:
             raise UnsupportedModelError(f"the step {COMPILED}")
         if self._pauses:
             return
-        if torch._C._current_graph_task_id() != -1:  # recomputed for the backward, by any thread: autograd has its own
+        if self.is_recomputed:
             if index not in self._visited:
                 return
-        elif threading.get_ident() != self._thread:
+        elif not self.is_own:
             return
         else:
             self._check_first(index)
             self._visited.add(index)
         self._met.discard(index)
-        self._modes[index] = Meet(lambda call: self._replaced(index, call))
-        self._modes[index].__enter__()  # type: ignore[no-untyped-call]
+        self.enter_mode(index, Meet(lambda call: self._replaced(index, call)))
 
     def _check_first(self, index: int) -> None:
         layer = self._layers[index]
@@ -148,18 +115,10 @@ class Replace:
                 f"{layer.name} ran twice, but the given maps belong to one forward. Run the model once in the block; "
                 "further forwards go before or after it, or in foveal.attention.unseen(model)"
             )
-        if self._grad and not torch.is_grad_enabled() and any(p.requires_grad for p in layer.attention.parameters()):
-            raise ReadError(
-                f"{layer.name} runs without gradient inside a forward that has gradient: reentrant activation "
-                "checkpointing would run it a second time on its own. Use use_reentrant=False, or put the whole step "
-                "into torch.no_grad() if no gradient is wanted"
-            )
+        self.refuse_reentrant(layer, layer.attention)
 
     def attention_leaves(self, index: int, failed: bool) -> None:
-        if self._pauses or (mode := self._modes.pop(index, None)) is None:
-            return
-        unwind(mode)
-        if not failed and index not in self._met:
+        if self.leave_mode(index) and not failed and index not in self._met:
             raise UnsupportedModelError(
                 f"{self._layers[index].name} ran but showed no attention call: its implementation is neither "
                 "scaled_dot_product_attention nor a plain softmax (set attn_implementation='sdpa')"
@@ -239,31 +198,3 @@ class _Marked(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         _ = ctx.saved_tensors  # checkpointing looks at what is asked for
         return g
-
-
-class _ReplaceHook(_Hook):
-    """A hook of a replacement; `unseen` finds it as it finds those of a door."""
-
-    def __init__(self, replaced: Replace, index: int = -1) -> None:
-        super().__init__(replaced, index)  # type: ignore[arg-type]  # paused() is what a door and this share
-        self.replaced = replaced
-
-
-class _RootPre(_ReplaceHook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.replaced.root_enters()
-
-
-class _RootPost(_ReplaceHook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.replaced.root_leaves(failed=output is None)
-
-
-class _AttentionPre(_ReplaceHook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.replaced.attention_enters(self.index)
-
-
-class _AttentionPost(_ReplaceHook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.replaced.attention_leaves(self.index, failed=output is None)
