@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from foveal.train import Run, Settings
+from foveal.train.machine import own
 from training import child, tiny
 
 
@@ -67,3 +68,16 @@ def test_two_processes_are_two_accumulation_steps(tmp_path: Path, mix: str):
         assert torch.allclose(one_set.logits, two_set.logits, atol=1e-5)
         assert torch.allclose(one_set.pointing, two_set.pointing, atol=1e-5)
         assert a.results["sets"][name]["accuracy"] == b.results["sets"][name]["accuracy"]
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_each_process_works_on_its_own_device(variable, monkeypatch):
+    """What a process computes beside the trainer (a probe, a source's answers) does not crowd the first device."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    one, two = (Settings(data="digits", devices=devices) for devices in (1, 2))
+    assert own(torch.device("cuda"), two) == torch.device("cuda", 0)
+    monkeypatch.setenv(variable, "1")
+    assert own(torch.device("cuda"), two) == torch.device("cuda", 1)
+    assert own(torch.device("cuda", 3), one) == torch.device("cuda", 3)
+    assert own(torch.device("cpu"), two) == torch.device("cpu")

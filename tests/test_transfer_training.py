@@ -186,13 +186,31 @@ def test_gradient_ratio_is_that_of_two_backwards():
     assert gradient_ratio({"task": losses["task"]}, "gta", model).isnan()
 
 
-def test_the_ratio_of_a_run_is_that_of_its_first_batch(source, tmp_path: Path):
-    settings = tiny(tmp_path, init=source, guide="bss", guide_weight=1.0, epochs=1)
+def test_gradient_ratio_does_not_vanish_in_float16():
+    rng = torch.Generator().manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3, generator=rng)
+    with torch.autocast("cpu", torch.float16):
+        out = model(x).float()
+    assert torch.autograd.grad(1e-8 * out.mean(), model.weight, retain_graph=True)[0].norm() == 0
+    losses = {"task": out.mean(), "gta": 1e-8 * out.mean()}
+    assert gradient_ratio(losses, "gta", model).item() == pytest.approx(1e-8, rel=0.05)
+
+
+def test_the_ratio_of_a_run_is_that_of_its_last_step(source, tmp_path: Path):
+    settings = tiny(tmp_path, init=source, guide="bss", guide_weight=1.0, epochs=1, lr=1e-12)  # weights stay
     task, batches = task_of(settings)
     task.model.train()
-    losses, _ = task.forward_loss(next(iter(batches)), generator(0, "mix", 0, 0))
-    expected = gradient_ratio(losses, "bss", task.model).item()
-    assert fit(settings).metrics[0]["gradient_ratio"] == pytest.approx(expected, rel=1e-4)
+    expected = []
+    for batch in batches:
+        losses, _ = task.forward_loss(batch, generator(0, "mix", 0, batch.micro))
+        expected.append(gradient_ratio(losses, "bss", task.model).item())
+    assert len({round(one, 9) for one in expected}) == len(expected) == 7
+    assert fit(settings).metrics[0]["gradient_ratio"] == pytest.approx(expected[-1], rel=1e-4)
+
+
+def test_the_ratio_is_seen_from_the_first_epoch(source, tmp_path: Path):
+    run = fit(tiny(tmp_path, init=source, guide="gta", epochs=1))  # at the first step model and source are equal
+    assert run.metrics[0]["gradient_ratio"] > 0
 
 
 # -- drift
@@ -307,6 +325,9 @@ def test_a_guide_needs_a_source(tmp_path: Path):
         ({"guide": "gtaa"}, "unknown guide 'gtaa': did you mean 'gta'"),
         ({"guide": "gta", "guide_args": {"mach": "raw"}}, "did you mean 'match'"),
         ({"guide_args": {"match": "raw"}}, "unknown setting of guide none"),
+        ({"guide_weight": 10.0}, "guide_weight=10.0 has no guide to act on: name one, such as guide=gta"),
+        ({"guide_schedule": "cosine"}, "guide_schedule=cosine has no guide to act on"),
+        ({"guide_source": "none"}, "guide_source=none has no guide to act on"),
         ({"guide": "gta", "guide_schedule": "cosin"}, "did you mean 'cosine'"),
         ({"tune": "heads"}, "did you mean 'head'"),
         ({"tune": "last-0"}, "unknown tune"),

@@ -20,7 +20,7 @@ from typing import Any
 
 from foveal.train.errors import SettingsError
 from foveal.train.names import unknown
-from foveal.train.settings import LORA, Settings
+from foveal.train.settings import Settings
 
 MAP = ("map", "map_args", "map_model", "map_warmup")  # settings that only a mixer that follows a map may have
 TOKENS = ("token_mix", "token_mix_args")
@@ -166,7 +166,7 @@ def _mixer(text: str) -> Spoken:
 def _guide(text: str) -> Spoken:
     kind, pairs = _words(text)
     values: dict[str, Any] = {"guide_args": {}, "tune_args": {}}
-    known = [*GUIDE, *(f"tune.{name}" for name in LORA), *_options(kind)]
+    known = [*GUIDE, *(f"tune.{name}" for name in _tune_options()), *_options(kind)]
     for key, (value, _) in pairs.items():
         if key not in known or (kind == "none" and key in ("weight", "schedule", "source")):
             raise SettingsError(unknown(f"setting of guide {kind}", key, known))
@@ -187,6 +187,12 @@ def _options(kind: str) -> list[str]:
     from foveal.transfer import GUIDES
 
     return options_of(kind) if kind in GUIDES else []
+
+
+def _tune_options() -> tuple[str, ...]:
+    from foveal.train.tuning import LORA
+
+    return LORA
 
 
 def _words(text: str) -> tuple[str, dict[str, tuple[Any, str]]]:

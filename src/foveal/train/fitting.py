@@ -29,7 +29,7 @@ from foveal.train.files import write_text
 from foveal.train.folder import is_finished, locked, prepare
 from foveal.train.guiding import guide_of
 from foveal.train.loop import Epochs, batches_of, stoppable, train, workers_for
-from foveal.train.machine import device_of, has_unused, processes, quiet_lightning, trainer_for, wait_for_first
+from foveal.train.machine import device_of, has_unused, own, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.mapping import source_of
 from foveal.train.models import Built, build, resolve, write_model
 from foveal.train.optimise import Average
@@ -119,7 +119,7 @@ def _fit(settings: Settings, resume: bool, overwrite: bool, progress: bool | Tel
         prepare(settings, resume=True, overwrite=False)
         return Run.load(folder)
     resolve(settings)  # a wrong model name is told before the data are read
-    device = device_of(settings.device)
+    device = own(device_of(settings.device), settings)
     memory.begin(device)
     data = load_data(settings)
     if not tested:

@@ -79,7 +79,9 @@ def check_same(now: Settings | PretrainSettings, then: Settings | PretrainSettin
         differ += SPREAD
     if differ:
         told = ", ".join(f"{name} was {json.dumps(other[name])}, now {json.dumps(one[name])}" for name in differ)
-        raise RunError(f"cannot continue {folder} with other settings: {told}")
+        raise RunError(
+            f"cannot continue {folder} with other settings: {told}; keep those, or choose another name or folder"
+        )
 
 
 @contextmanager

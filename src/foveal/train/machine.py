@@ -83,6 +83,14 @@ def processes(devices: int) -> tuple[int, int]:
     return devices, 1
 
 
+def own(device: torch.device, settings: Settings | PretrainSettings) -> torch.device:
+    """The device of this process where several train: as Lightning, torchrun or SLURM number them on a machine."""
+    count, nodes = processes(settings.devices)
+    if device.type != "cuda" or count * nodes == 1:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+
+
 def wait_for_first(trainer: lightning.Trainer) -> None:
     """Where processes were started by torchrun or SLURM: go on when all have come here.
 

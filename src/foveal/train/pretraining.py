@@ -25,7 +25,7 @@ from foveal.train.errors import SettingsError
 from foveal.train.files import write_text, write_weights
 from foveal.train.folder import is_finished, locked, prepare
 from foveal.train.loop import batches_of, stoppable, train
-from foveal.train.machine import device_of, processes, quiet_lightning, trainer_for, wait_for_first
+from foveal.train.machine import device_of, own, processes, quiet_lightning, trainer_for, wait_for_first
 from foveal.train.models import Built, build, resolve, write_model
 from foveal.train.precision import choose
 from foveal.train.pretrain_maps import store_of
@@ -59,7 +59,7 @@ def _pretrain(settings: PretrainSettings, resume: bool, overwrite: bool, progres
         prepare(settings, resume=True, overwrite=False)
         return Run.load(folder)
     resolve(settings)  # a wrong model name is told before the data are read
-    device = device_of(settings.device)
+    device = own(device_of(settings.device), settings)
     memory.begin(device)
     seed = settings.seed if settings.data_seed is None else settings.data_seed
     data = load_unlabelled(settings.data, seed=seed, image_size=settings.image_size)

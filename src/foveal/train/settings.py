@@ -1,7 +1,6 @@
 """Settings: everything that decides a training run, written once. Importing this file is cheap: no torch."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,9 +8,6 @@ from typing import Any, ClassVar, Literal
 from foveal.train.errors import SettingsError
 from foveal.train.names import unknown
 from foveal.train.plain import Plain, Ranges, setting
-
-TUNES = ("all", "head", "attention", "bias", "lora")  # and last-K
-LORA = ("rank", "alpha", "dropout", "targets")
 
 
 @dataclass(frozen=True)
@@ -168,22 +164,23 @@ def _check_choices(settings: Settings) -> None:
         _check_map(settings)
     if settings.token_mix != "none" or settings.token_mix_args:
         _check_token_mix(settings)
-    if settings.guide != "none" or settings.guide_args or settings.guide_source != "init":
+    if settings.guide != "none" or settings.guide_args:
         from foveal.train.guiding import check_guide
 
         check_guide(settings)
-    _check_tune(settings)
+    else:
+        _check_unguided(settings)
+    if settings.tune != "all" or settings.tune_args:
+        from foveal.train.tuning import check_tune
+
+        check_tune(settings)
 
 
-def _check_tune(settings: Settings) -> None:
-    if not re.fullmatch(r"last-[1-9]\d*", settings.tune) and settings.tune not in TUNES:
-        raise SettingsError(unknown("tune", settings.tune, [*TUNES, "last-1"]))
-    known = LORA if settings.tune == "lora" else ()
-    for name in settings.tune_args:
-        if name not in known:
-            raise SettingsError(unknown(f"setting of tune={settings.tune}", name, known))
-    if settings.tune == "head" and settings.head_start == "probe":
-        raise SettingsError("tune=head trains the classifier alone: head_start=probe would have done that already")
+def _check_unguided(settings: Settings) -> None:
+    for name, unsaid in (("guide_weight", None), ("guide_schedule", "constant"), ("guide_source", "init")):
+        value = getattr(settings, name)
+        if value != unsaid:
+            raise SettingsError(f"{name}={value} has no guide to act on: name one, such as guide=gta, or leave it out")
 
 
 def _check_token_mix(settings: Settings) -> None:

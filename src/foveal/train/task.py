@@ -22,6 +22,8 @@ from foveal.train.optimise import Average, parameter_groups
 from foveal.train.settings import Settings
 from foveal.transfer import Guide
 
+SCALE = 1024.0  # of losses whose gradients are compared
+
 
 class Classify(Task):
     """Training a timm model on class labels.
@@ -113,7 +115,7 @@ class Classify(Task):
         reseed(s.seed, "step", epoch, batch.micro)
         relax = self.relax(epoch * self.steps + step)
         losses, measures = self.forward_loss(batch, generator(s.seed, "mix", epoch, batch.micro), relax)
-        if self.guide is not None and self._ratio is None:
+        if self.guide is not None and self._ratio is None and step == self.steps - 1:
             self._ratio = gradient_ratio(losses, self.guide.name, self.model)
         total = torch.stack(list(losses.values())).sum()
         told = {"loss": total} | measures | losses
@@ -127,7 +129,7 @@ class Classify(Task):
         return relaxed(self.settings.guide_schedule, step, self.settings.epochs * self.steps)
 
     def on_train_epoch_start(self) -> None:
-        """A fresh curve; the first forward of the epoch tells how strong the guide's gradient is."""
+        """A fresh curve; the epoch's last step tells how strong the guide's gradient is (in the first it may be 0)."""
         super().on_train_epoch_start()
         self._ratio = None
 
@@ -227,6 +229,7 @@ def gradient_ratio(losses: dict[str, Tensor], guide: str, model: nn.Module) -> T
     """Norm of the gradient of the guide's term over that of all other terms, with respect to what is trained.
 
     A float32 scalar on the device; NaN where the guide is off or nothing else has a gradient. Gradients are left alone.
+    Both losses go backward times SCALE, as a gradient scaler would, so that float16 does not round small ones to zero.
     """
     others = [loss for name, loss in losses.items() if name != guide]
     if guide not in losses or not others or not losses[guide].requires_grad:
@@ -234,7 +237,7 @@ def gradient_ratio(losses: dict[str, Tensor], guide: str, model: nn.Module) -> T
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def norm(loss: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(SCALE * loss, trained, retain_graph=True, allow_unused=True)
         norms = [g.float().norm() for g in found if g is not None] or [loss.detach().new_zeros(())]
         return torch.stack(norms).square().sum().sqrt()
 

@@ -1,5 +1,6 @@
 """What of the model is trained and how its classifier begins: the settings tune, tune_args and head_start."""
 
+import inspect
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,24 @@ from foveal.train.errors import RunError, SettingsError
 from foveal.train.head_start import probe_head
 from foveal.train.loop import workers_for
 from foveal.train.models import Built, create
+from foveal.train.names import unknown
 from foveal.train.settings import Settings
 from foveal.transfer import freeze, inject, is_adapted, merged_state
+from foveal.transfer.tuned import TUNES, is_way_to_tune
+
+LORA = tuple(inspect.signature(inject).parameters)[1:-1]  # what tune_args may hold: without the model and the seed
+
+
+def check_tune(settings: Settings) -> None:
+    """Raise SettingsError for a way to tune, or a setting of it, that is not known or cannot be meant."""
+    if not is_way_to_tune(settings.tune):
+        raise SettingsError(unknown("tune", settings.tune, TUNES))
+    known = LORA if settings.tune == "lora" else ()
+    for name in settings.tune_args:
+        if name not in known:
+            raise SettingsError(unknown(f"setting of tune={settings.tune}", name, known))
+    if settings.tune == "head" and settings.head_start == "probe":
+        raise SettingsError("tune=head trains the classifier alone: head_start=probe would have done that already")
 
 
 def start_head(settings: Settings, built: Built, data: Data, device: torch.device) -> None:

@@ -53,6 +53,11 @@ def choose(model: nn.Module, tune: str) -> Chosen:
     )
 
 
+def is_way_to_tune(tune: str) -> bool:
+    """Whether `tune` is one of the words, K at least 1."""
+    return (tune in TUNES and tune != "last-K") or re.fullmatch(r"last-[1-9]\d*", tune) is not None
+
+
 def freeze(model: nn.Module, tune: str) -> Chosen:
     """`choose`, and have exactly those parameters require a gradient. Raises ValueError, then nothing has changed."""
     chosen = choose(model, tune)
