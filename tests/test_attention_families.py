@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.models import vision_transformer
 from torch.nn import functional as F
 
 import foveal
@@ -483,3 +484,15 @@ def test_a_value_that_is_not_there():
         foveal.read(model, what="recieved")
     with pytest.raises(ValueError, match="nothing asked"):
         foveal.read(model, what=[])
+
+
+def test_a_branch_of_a_parallel_block_has_no_block_output():
+    model = vision_transformer.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3,
+        block_fn=vision_transformer.ParallelThingsBlock,
+    ).eval()  # fmt: skip
+    with pytest.raises(ValueError, match=r"blocks\.1\.attns\.1 \(self attention\) has no block_out"):
+        foveal.read(model, -1, "block_out")
+    with foveal.read(model, "blocks.1.attns.0", ("full", "attn_out")) as seen, torch.no_grad():
+        model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert seen.full().shape == (2, 2, 5, 5)

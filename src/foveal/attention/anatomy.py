@@ -288,11 +288,19 @@ def _layer(
         rotation = (module.q_norm, module.k_norm)  # type: ignore[assignment]
     elif type(module).__name__.startswith("DINOv3"):
         rotation = (module.q_proj, module.k_proj)  # type: ignore[assignment]
-    shared = (
-        type(module).__name__ == "ParallelScalingBlock"
-    )  # attention and MLP share a projection: no attention output
-    offered = tuple(name for name in WHAT if not (shared and name == "attn_out"))
+    missing = ()
+    if type(module).__name__ == "ParallelScalingBlock":  # attention and MLP share a projection
+        missing = ("attn_out",)
+    elif _is_branch(trunk, block_name):  # what leaves it is a part of what leaves the block
+        missing = ("block_out",)
+    offered = tuple(name for name in WHAT if name not in missing)
     return Layer(block_name, kind, module, block, layout, offered, rotation)
+
+
+def _is_branch(trunk: nn.Module, name: str) -> bool:
+    """Whether a layer is one of several attentions side by side in a block, blocks.0.attns.1."""
+    above = name.split(".")[:-2]
+    return bool(above) and type(trunk.get_submodule(".".join(above))).__name__ == "ParallelThingsBlock"
 
 
 def _block(trunk: nn.Module, name: str, module: nn.Module) -> tuple[str, nn.Module]:
