@@ -288,7 +288,7 @@ def _layer(
         rotation = (module.q_norm, module.k_norm)  # type: ignore[assignment]
     elif type(module).__name__.startswith("DINOv3"):
         rotation = (module.q_proj, module.k_proj)  # type: ignore[assignment]
-    missing = ()
+    missing: tuple[str, ...] = ()
     if type(module).__name__ == "ParallelScalingBlock":  # attention and MLP share a projection
         missing = ("attn_out",)
     elif _is_branch(trunk, block_name):  # what leaves it is a part of what leaves the block

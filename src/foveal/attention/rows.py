@@ -54,7 +54,8 @@ class _QueryRow(torch.autograd.Function):
     """scale k q, keeping q and k as they are for the backward: a product would keep its own copy of k.
 
     Keys that lie token by token, as fused projections leave them, are multiplied without a copy, all heads at once:
-    (N, H d) times each head's query in a column of its own (H d, H).
+    each head's query in a row of its own (H, H d) times (H d, T), which on a CPU is several times faster than a product
+    per head, or than the same with H columns.
     """
 
     @staticmethod
@@ -64,7 +65,7 @@ class _QueryRow(torch.autograd.Function):
         q, k = widen(q) * scale, widen(k)
         if (tokens := _by_tokens(k)) is None:
             return torch.matmul(k, q.unsqueeze(-1)).squeeze(-1)
-        return torch.matmul(tokens, _columns(q)).transpose(1, 2)
+        return torch.matmul(_spread(q), tokens.transpose(1, 2))
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
@@ -76,12 +77,10 @@ class _QueryRow(torch.autograd.Function):
             dq = torch.matmul(g.unsqueeze(-2), wide).squeeze(-2) if needs_q else None
             dk = g.unsqueeze(-1) * widen(q).unsqueeze(-2) if needs_k else None
         else:
-            heads = (q.shape[1], q.shape[2])
             if needs_q:  # of what each head's row gives to all heads' keys only its own
-                dq = torch.matmul(g, tokens).unflatten(-1, heads).diagonal(dim1=1, dim2=2).transpose(1, 2)
-            if needs_k:
-                columns = _columns(widen(q)).transpose(1, 2)
-                dk = torch.matmul(g.transpose(1, 2), columns).unflatten(-1, heads).transpose(1, 2)
+                dq = torch.matmul(g, tokens).unflatten(-1, q.shape[1:]).diagonal(dim1=1, dim2=2).transpose(1, 2)
+            if needs_k:  # token by token again
+                dk = (g.transpose(1, 2).unsqueeze(-1) * widen(q).unsqueeze(1)).transpose(1, 2)
         return None if dq is None else dq.to(q.dtype), None if dk is None else dk.to(k.dtype), None
 
 
@@ -92,9 +91,9 @@ def _by_tokens(k: Tensor) -> Tensor | None:
     return k.transpose(1, 2).flatten(2)
 
 
-def _columns(q: Tensor) -> Tensor:
-    """Queries (B, H, d), each in a column of its own: (B, H d, H), zero elsewhere."""
-    return torch.diag_embed(q.transpose(1, 2), dim1=1, dim2=3).flatten(1, 2)
+def _spread(q: Tensor) -> Tensor:
+    """Queries (B, H, d), each in a row of its own at its head's place: (B, H, H d), zero elsewhere."""
+    return torch.diag_embed(q.transpose(1, 2), dim1=1, dim2=2).flatten(2)
 
 
 def mean_query_row(
