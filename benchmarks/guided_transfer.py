@@ -194,7 +194,9 @@ def table(rows: dict[str, dict[int, dict[str, Any]]], share: float) -> None:
             cell = f"{statistics.mean(values):.1f}"
             if method != "plain" and len(both) > 1:
                 gap = stats.paired_over_seeds(values, [plain[seed][name] for seed in both])
-                cell += f" ({gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}])"
+                cell += (
+                    f" ({gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}])" if gap.available else f" ({gap.mean:+.1f})"
+                )
             cells.append(cell)
         weights = [made[seed]["weight"] for seed in both if made[seed]["weight"] is not None]
         ratios = [made[seed]["gradient ratio"] for seed in both if "gradient ratio" in made[seed]]
