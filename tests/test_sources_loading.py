@@ -243,7 +243,7 @@ def test_the_classifier_reads_the_class_token_under_a_guide(model: str, argument
     assert "global_pool=token" in built.notes[0]
     assert "gta guides" in built.notes[0]
     # the same tensors as without, so that pretrained weights fit
-    plain = build(guided(model, guide="none"), 3)
+    plain = build(guided(model, guide="none", guide_source="init"), 3)
     assert plain.model.state_dict().keys() == built.model.state_dict().keys()
     assert plain.model.global_pool == "avg"
     assert not plain.notes

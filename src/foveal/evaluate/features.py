@@ -175,13 +175,13 @@ def blocks(model: nn.Module) -> list[str]:
     if not support:
         raise UnsupportedModelError(support.reason)
     names = [name for name, what in support.what.items() if "block_out" in what]
+    branches = [name for name in support.what if ".attns." in name]  # as timm calls them
+    if not names and branches:
+        raise UnsupportedModelError(f"{branches[0]} is one of several branches of a block: its output is not a block's")
     if not names:
         raise UnsupportedModelError(
             f"the blocks of {support.family} give no sequence of tokens: features are read where all attend to all"
         )
-    branches = [name for name in names if sum(part.rpartition("_")[2].isdigit() for part in name.split(".")) > 1]
-    if branches:
-        raise UnsupportedModelError(f"{branches[0]} is one of several branches of a block: its output is not a block's")
     return names
 
 
